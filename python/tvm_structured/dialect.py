@@ -1,0 +1,181 @@
+"""The Relax operators `relax.structured.*`, registered from Python: one for each kernel, by a loop over the table.
+
+    R.structured.dense(x, weight, [scale], [bias], [residual], layer="fc1.weight", ...)
+    R.structured.block_circulant(x, c, [scale], [bias], [residual], ...)
+
+`dense` and `conv2d` are the canonical spelling of every layer this package understands; the other operators
+carry a structure's factors as constants. All of them compute act(scale * layer(x) + bias + residual).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import tvm_ffi
+from tvm import ir, relax
+from tvm_ffi.dataclasses import py_class
+
+from tvm_structured.errors import ModelError
+from tvm_structured.schedules import KERNELS, ConvGeometry, Epilogue
+from tvm_structured.structures import STRUCTURES, Conv2d, Dense, Layer, Structure, Unstructured
+
+PREFIX = "relax.structured."
+
+
+@py_class("tvm_structured.LayerAttrs")
+class LayerAttrs(ir.Attrs):
+    """Attributes of every structured operator. `kernel` is empty for dense layers, else (kh, kw)."""
+
+    layer: str
+    sizes: str  # JSON of the structure's static fields
+    operands: tvm_ffi.Array[str]  # which of scale, bias, residual follow the factors
+    activation: str
+    low: float
+    high: float
+    kernel: tvm_ffi.Array[int]
+    strides: tvm_ffi.Array[int]
+    padding: tvm_ffi.Array[int]
+    dilation: tvm_ffi.Array[int]
+    groups: int
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """A structured operator's call, unpacked. Weights of `dense` and `conv2d` stay in the layer's own layout."""
+
+    op: str
+    layer: str
+    x: Any
+    factors: tuple[Any, ...]
+    sizes: dict[str, Any] = field(default_factory=dict)
+    epilogue: Epilogue = field(default_factory=Epilogue)
+    operands: tuple[Any, ...] = ()
+    conv: ConvGeometry | None = None
+
+    @classmethod
+    def of(cls, call: Any) -> LayerCall | None:
+        """The unpacked call, or None where the expression is no structured operator."""
+        if not (isinstance(call, relax.Call) and isinstance(call.op, ir.Op) and call.op.name.startswith(PREFIX)):
+            return None
+        attrs, names = call.attrs, tuple(call.attrs.operands)
+        args = list(call.args)
+        split = len(args) - len(names)
+        conv = None
+        if attrs.kernel:
+            conv = ConvGeometry(
+                *(tuple(int(v) for v in values) for values in (attrs.kernel, attrs.strides, attrs.padding, attrs.dilation)),
+                groups=int(attrs.groups),
+            )
+        return cls(
+            call.op.name.removeprefix(PREFIX),
+            attrs.layer,
+            args[0],
+            tuple(args[1:split]),
+            json.loads(attrs.sizes),
+            Epilogue(*(n in names for n in ("scale", "bias", "residual")), attrs.activation, attrs.low, attrs.high),
+            tuple(args[split:]),
+            conv,
+        )
+
+    def to_relax(self) -> Any:
+        """The Relax call (not yet bound to a variable)."""
+        conv = self.conv or ConvGeometry((0, 0))
+        attrs = LayerAttrs(
+            layer=self.layer,
+            sizes=json.dumps(self.sizes),
+            operands=list(self.epilogue.operands),
+            activation=self.epilogue.activation,
+            low=float(self.epilogue.low),
+            high=float(self.epilogue.high),
+            kernel=list(conv.kernel) if self.conv else [],
+            strides=list(conv.stride),
+            padding=list(conv.padding),
+            dilation=list(conv.dilation),
+            groups=conv.groups,
+        )
+        return relax.Call(ir.Op.get(PREFIX + self.op), [self.x, *self.factors, *self.operands], attrs=attrs)
+
+    @property
+    def is_canonical(self) -> bool:
+        """Whether this is a plain `dense` or `conv2d`, which a plan may rewrite."""
+        return self.op in ("dense", "conv2d")
+
+    def to_layer(self) -> Layer:
+        """The layer of a canonical call."""
+        weight = constant(self.factors[0])
+        if weight is None:
+            raise ModelError(f"{self.layer}: the weight is not a constant; bind the model's parameters first")
+        if self.conv is None:
+            return Dense(self.layer, weight)
+        shape = static_shape(self.x)
+        hw = shape[2:] if shape and all(isinstance(v, int) for v in shape[2:]) else None
+        c = self.conv
+        return Conv2d(self.layer, weight, c.stride, c.padding, c.dilation, c.groups, hw)
+
+    def to_structure(self) -> Structure:
+        """The structure whose factors the call holds; `Unstructured` for a canonical call."""
+        if self.is_canonical:
+            return Unstructured.from_dense(self.to_layer())
+        family = STRUCTURES[self.op]
+        return family.from_factors(self.sizes, [constant(f) for f in self.factors])
+
+
+def constant(expr: Any) -> np.ndarray | None:
+    """The numpy value of a Relax tensor constant, else None."""
+    from tvm.runtime import Tensor
+
+    if isinstance(expr, ir.GenericConst) and isinstance(expr.value, Tensor):
+        return expr.value.numpy()
+    return None
+
+
+def static_shape(expr: Any) -> tuple[Any, ...] | None:
+    """Extents as ints where they are known, else as expressions; None for an unknown rank."""
+    shape = getattr(expr.ty, "shape", None)
+    if shape is None or not hasattr(shape, "values"):
+        return None
+    return tuple(int(v) if hasattr(v, "value") else v for v in shape.values)
+
+
+def infer_type(call: Any, ctx: Any) -> Any:
+    """Output type. Dense: (..., in) -> (..., out); convolution: (n, in, h, w) -> (n, out, oh, ow)."""
+    unpacked = LayerCall.of(call)
+    assert unpacked is not None
+    shape = static_shape(unpacked.x)
+    if shape is None:
+        raise ModelError(f"{unpacked.layer}: the rank of the input is unknown")
+    out, inner = matrix_shape(unpacked)
+    if unpacked.conv is None:
+        if isinstance(shape[-1], int) and shape[-1] != inner:
+            raise ModelError(f"{unpacked.layer}: the input has {shape[-1]} features, the weight takes {inner}")
+        return relax.TensorType([*shape[:-1], out], unpacked.x.ty.dtype)
+    c = unpacked.conv
+    if isinstance(shape[1], int) and shape[1] * c.kernel[0] * c.kernel[1] != inner * c.groups:
+        raise ModelError(f"{unpacked.layer}: the input has {shape[1]} channels, the weight does not fit them")
+    h = (shape[2] + c.padding[0] + c.padding[2] - c.dilation[0] * (c.kernel[0] - 1) - 1) // c.stride[0] + 1
+    w = (shape[3] + c.padding[1] + c.padding[3] - c.dilation[1] * (c.kernel[1] - 1) - 1) // c.stride[1] + 1
+    return relax.TensorType([shape[0], out, h, w], unpacked.x.ty.dtype)
+
+
+def matrix_shape(call: LayerCall) -> tuple[int, int]:
+    """(out, in) of the layer's matrix, convolutions flattened."""
+    if call.is_canonical:
+        out, *rest = (int(v) for v in call.factors[0].ty.shape.values)
+        return out, int(np.prod(rest))
+    out, inner = call.sizes["shape"]
+    return int(out), int(inner)
+
+
+def register() -> None:
+    """Register the operators with TVM; doing it again is harmless."""
+    from tvm_structured.relay_passes.lower_structured import legalize
+
+    known = set(ir.Op.list_op_names())
+    for name in KERNELS:
+        if PREFIX + name in known:
+            continue
+        for key, value in {"FPurity": True, "FInferType": infer_type, "FLegalize": legalize}.items():
+            ir.register_op_attr(PREFIX + name, key, value)

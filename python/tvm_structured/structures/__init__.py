@@ -1,0 +1,31 @@
+"""Structures: the mathematics, in numpy (and torch, through `apply`). STRUCTURES is the table."""
+
+from __future__ import annotations
+
+from tvm_structured.structures.base import Size, Structure, as_budget, factor, fits
+from tvm_structured.structures.budget import Budget
+from tvm_structured.structures.layer import Conv2d, Dense, Layer, as_layer
+from tvm_structured.structures.low_rank import LowRank
+from tvm_structured.structures.unstructured import Unstructured
+
+STRUCTURES: dict[str, type[Structure]] = {
+    structure.name: structure
+    for structure in (
+        LowRank,
+    )
+}
+
+__all__ = [
+    "STRUCTURES",
+    "Budget",
+    "Conv2d",
+    "Dense",
+    "Layer",
+    "Size",
+    "Structure",
+    "Unstructured",
+    "as_budget",
+    "as_layer",
+    "factor",
+    "fits",
+]

@@ -1,0 +1,84 @@
+"""structured.*(x, factors, ...)  -->  call_tir(kernel, x, packed factors, ...)
+
+The legalisation of every structured operator: choose the kernel, pack the constants, emit the TensorIR.
+A matrix structure on a convolution runs its dense kernel on patches (im2col, channel fastest).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm import relax
+from tvm.target import Target
+
+from tvm_structured.errors import KernelNotFoundError
+from tvm_structured.schedules import KERNELS, Cpu, Site
+
+
+def legalize(builder: Any, call: Any) -> Any:
+    """FLegalize of all structured operators."""
+    from tvm_structured.dialect import LayerCall, static_shape
+
+    unpacked = LayerCall.of(call)
+    assert unpacked is not None
+    cpu = current_cpu()
+    if unpacked.conv is not None and unpacked.op not in CONV_KERNELS:
+        return lower_on_patches(builder, unpacked, static_shape(unpacked.x), static_shape(call), cpu)
+    x_shape, y_shape = static_shape(unpacked.x), static_shape(call)
+    if unpacked.conv is not None:
+        return emit_kernel(builder, unpacked, unpacked.x, unpacked.operands, x_shape, y_shape, cpu)
+    return lower_dense(builder, unpacked, x_shape, y_shape, cpu)
+
+
+CONV_KERNELS = ("conv2d", "winograd")  # they take images; all others take rows
+
+
+def current_cpu() -> Cpu:
+    """The CPU of the enclosing `with target:`, else TVM's baseline."""
+    target = Target.current(allow_none=True) or Target("llvm")
+    if "cpu" not in target.keys:
+        raise KernelNotFoundError(f"no structured kernels for target {target}; use an LLVM target")
+    return Cpu.of(target)
+
+
+def lower_dense(builder: Any, call: Any, x_shape: Any, y_shape: Any, cpu: Cpu) -> Any:
+    """Leading dimensions become rows; a residual is flattened with them."""
+    rows = product(x_shape[:-1])
+    x = flatten(builder, call.x, rows, x_shape)
+    operands = [
+        flatten(builder, value, rows, y_shape) if name == "residual" else value
+        for name, value in zip(call.epilogue.operands, call.operands, strict=True)
+    ]
+    y = emit_kernel(builder, call, x, operands, (rows, x_shape[-1]), (rows, y_shape[-1]), cpu)
+    return y if len(y_shape) == 2 else relax.op.reshape(builder.emit(y), y_shape)
+
+
+def flatten(builder: Any, value: Any, rows: Any, shape: Any) -> Any:
+    if len(shape) == 2:
+        return value
+    return builder.emit(relax.op.reshape(value, (rows, shape[-1])))
+
+
+def product(extents: Any) -> Any:
+    total = 1
+    for extent in extents:
+        total = total * extent
+    return total
+
+
+def emit_kernel(builder: Any, call: Any, x: Any, operands: Any, x_shape: Any, y_shape: Any, cpu: Cpu) -> Any:
+    """One call_tir of the structure's kernel in its default configuration."""
+    kernel = KERNELS.get(call.op)
+    if kernel is None:
+        raise KernelNotFoundError(f"{call.layer}: no kernel is registered for {call.op!r}; add it to schedules.KERNELS")
+    structure = call.to_structure()
+    site = Site(x_shape, y_shape, cpu, call.epilogue, call.conv)
+    config = next(kernel.configs(structure, site))
+    packed = [relax.const(array) for array in kernel.pack(structure, site, config).values()]
+    func = builder.add_func(kernel.prim_func(structure, site, config), kernel.name)
+    return relax.call_tir(func, [x, *packed, *operands], relax.TensorType(y_shape, "float32"))
+
+
+def lower_on_patches(builder: Any, call: Any, x_shape: Any, y_shape: Any, cpu: Cpu) -> Any:
+    """Convolution by a matrix structure: patches (batch * oh * ow, kh * kw * in) times the matrix."""
+    raise NotImplementedError

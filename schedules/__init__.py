@@ -1,0 +1,18 @@
+"""Kernels: one per structure, plus `dense` and `conv2d`. KERNELS is the table; the key is the name everywhere."""
+
+from __future__ import annotations
+
+from tvm_structured.schedules.base import Config, ConvGeometry, Epilogue, Kernel, Site
+from tvm_structured.schedules.cpu import Cpu
+from tvm_structured.schedules.dense import DenseKernel
+from tvm_structured.schedules.low_rank import LowRankKernel
+
+KERNELS: dict[str, Kernel] = {
+    kernel.name: kernel
+    for kernel in (
+        DenseKernel(),
+        LowRankKernel(),
+    )
+}
+
+__all__ = ["KERNELS", "Config", "ConvGeometry", "Cpu", "Epilogue", "Kernel", "Site"]

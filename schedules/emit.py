@@ -1,0 +1,170 @@
+"""Emission of TensorIR: Python loops become straight-line code, vectors and registers are explicit.
+
+Used for kernels that schedule primitives cannot express. An `Emitter` knows the number of lanes; all
+indices are element indices, the last one is the start of a vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script.builder import ir as I
+
+from tvm_structured.schedules.base import Extent
+from tvm_structured.schedules.cpu import Cpu
+
+serial = I.serial
+parallel = I.parallel
+
+
+class EmittedFunc:
+    """Holds the PrimFunc once the `prim_func` context has closed."""
+
+    func: Any = None
+
+
+@contextmanager
+def prim_func(name: str) -> Iterator[EmittedFunc]:
+    """Open a PrimFunc that is already scheduled and that fusion must leave alone."""
+    made = EmittedFunc()
+    with IRBuilder() as builder:
+        with I.prim_func(s_tir=True):
+            I.func_name(name)
+            # 8 is TVM's kOpaque: FuseOps neither looks inside nor merges it
+            I.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True, "op_pattern": 8})
+            yield made
+    made.func = builder.get().without_attr("global_symbol")
+
+
+def i64(extent: Extent) -> Any:
+    """Relax shapes are int64; an int32 extent breaks FuseTIR."""
+    return tirx.IntImm("int64", extent) if isinstance(extent, int) else extent
+
+
+def arg(name: str, shape: Sequence[Extent], dtype: str = "float32") -> Any:
+    """The next parameter of the PrimFunc."""
+    return I.arg(name, I.buffer([i64(s) for s in shape], dtype))
+
+
+def scratch(shape: Sequence[Extent], dtype: str = "float32") -> Any:
+    """Workspace on the heap, allocated where it is declared (once a thread inside `parallel`)."""
+    return I.alloc_buffer([i64(s) for s in shape], dtype)
+
+
+def local(shape: Sequence[int], dtype: str = "float32") -> Any:
+    """A small array on the stack, of any size: without the annotation TVM moves 1 KiB and more to the heap."""
+    return I.alloc_buffer(list(shape), dtype, annotations={"disable_lower_builtin": True})
+
+
+def ceildiv(a: Extent, b: int) -> Extent:
+    """Ceiling of a / b for ints and expressions."""
+    return -(-a // b) if isinstance(a, int) else (a + (b - 1)) // b
+
+
+@contextmanager
+def when(condition: Any) -> Iterator[None]:
+    """Statements under a run-time condition."""
+    with I.If(condition):
+        with I.Then():
+            yield
+
+
+def either(condition: Any, then: Callable[[], None], otherwise: Callable[[], None]) -> None:
+    """`then` under the condition, `otherwise` without it."""
+    with I.If(condition):
+        with I.Then():
+            then()
+        with I.Else():
+            otherwise()
+
+
+def row_blocks(rows: Extent, block: int, body: Callable[[Any, int], None], start: Any = 0) -> None:
+    """body(first_row, count) over all rows: full blocks in a loop, then the rest.
+
+    A rest known at compile time is one smaller block, otherwise single rows.
+    """
+    if isinstance(rows, int):
+        full, rest = divmod(rows, block)
+        if full == 1:
+            body(start, block)
+        elif full:
+            with serial(0, full) as i:
+                body(start + i * block, block)
+        if rest:
+            body(start + full * block, rest)
+        return
+    with serial(0, rows // block) as i:
+        body(start + i * block, block)
+    with serial(0, rows % block) as i:
+        body(start + rows // block * block + i, 1)
+
+
+class Emitter:
+    """Vector operations for one CPU."""
+
+    def __init__(self, cpu: Cpu) -> None:
+        self.cpu = cpu
+        self.lanes = cpu.lanes
+        self.dtype = f"float32x{cpu.lanes}"
+
+    def load(self, buffer: Any, *index: Any) -> Any:
+        """`lanes` consecutive elements of the last dimension."""
+        *lead, last = index
+        return buffer[(*lead, I.ramp(last, 1, self.lanes))]
+
+    def store(self, buffer: Any, value: Any, *index: Any) -> None:
+        *lead, last = index
+        I.buffer_store(buffer, value, [*lead, I.ramp(last, 1, self.lanes)])
+
+    def mask(self, first: Any, limit: Extent) -> Any:
+        """Lane i is on where first + i < limit."""
+        return tirx.op.get_active_lane_mask(f"boolx{self.lanes}", first, limit)
+
+    def bind_mask(self, first: Any, limit: Extent) -> Any:
+        return I.Bind(self.mask(first, limit))
+
+    def load_masked(self, buffer: Any, mask: Any, *index: Any) -> Any:
+        """Like `load`, but lanes that are off are not read (their value is undefined)."""
+        *lead, last = index
+        return tirx.op.masked_load(self.dtype, buffer, *lead, I.ramp(last, 1, self.lanes), mask)
+
+    def store_masked(self, buffer: Any, value: Any, mask: Any, *index: Any) -> None:
+        *lead, last = index
+        I.evaluate(tirx.op.masked_store(buffer, value, *lead, I.ramp(last, 1, self.lanes), mask))
+
+    def splat(self, value: Any) -> Any:
+        """One number in every lane; Python numbers become float32."""
+        if isinstance(value, (int, float)):
+            value = I.float32(float(value))
+        return I.broadcast(value, self.lanes)
+
+    def bind(self, value: Any) -> Any:
+        """Evaluate once, through a stack slot: LLVM makes it a register, and unlike long chains of
+        `T.Bind` it does not blow up the time TVM's passes take."""
+        slot = self.registers(1)[0]
+        self.set(slot, value)
+        return slot[0]
+
+    def registers(self, count: int) -> list[Any]:
+        """Mutable vectors, one stack slot each, so that LLVM can keep them in registers."""
+        return [I.alloc_buffer((1,), self.dtype) for _ in range(count)]
+
+    def set(self, register: Any, value: Any) -> None:
+        I.buffer_store(register, value, [0])
+
+    def zero(self, registers: Sequence[Any]) -> None:
+        for register in registers:
+            self.set(register, self.splat(0.0))
+
+    def prefetch(self, buffer: Any, *index: Any) -> None:
+        """Ask for the cache line (read, level 2)."""
+        address = I.address_of(buffer[tuple(index)])
+        I.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, I.int32(0), I.int32(2), I.int32(1)))
+
+    def shuffle(self, a: Any, b: Any, lanes: Sequence[int]) -> Any:
+        """Lanes of the concatenation of a and b."""
+        return I.Shuffle([a, b], [I.int32(int(i)) for i in lanes])
