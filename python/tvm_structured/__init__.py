@@ -1,0 +1,90 @@
+"""Structured weights that run faster, on Apache TVM.
+
+import tvm_structured as ts
+compiled = ts.compile(model, inputs=(x,), target="host")
+print(compiled.report())
+
+Submodules are imported on use, so that an exported module also loads where TVM runs without its compiler.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from tvm_structured import _plugin
+
+_plugin.check_versions()
+_plugin.autoload()
+
+if TYPE_CHECKING:
+    from tvm_structured.compiler import compile
+    from tvm_structured.errors import (
+        BudgetError,
+        KernelNotFoundError,
+        ModelError,
+        PlanError,
+        StructuredError,
+        TargetError,
+    )
+    from tvm_structured.inspection import inspect
+    from tvm_structured.module import Compiled, load
+    from tvm_structured.settings import options
+    from tvm_structured.planning import Plan, make_plan
+    from tvm_structured.report import Report
+    from tvm_structured.structures import STRUCTURES, Budget, Conv2d, Dense, Layer, Structure
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "compiler": ("compile",),
+    "errors": ("BudgetError", "KernelNotFoundError", "ModelError", "PlanError", "StructuredError", "TargetError"),
+    "inspection": ("inspect",),
+    "module": ("Compiled", "load"),
+    "settings": ("options",),
+    "planning": ("Plan", "make_plan"),
+    "report": ("Report",),
+    "schedules": ("KERNELS",),
+    "structures": ("STRUCTURES", "Budget", "Conv2d", "Dense", "Layer", "Structure"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+_SUBMODULES = ("nn", "relay", "structures", "schedules", "errors")
+
+__all__ = [
+    "KERNELS",
+    "STRUCTURES",
+    "Budget",
+    "BudgetError",
+    "Compiled",
+    "Conv2d",
+    "Dense",
+    "KernelNotFoundError",
+    "Layer",
+    "ModelError",
+    "Plan",
+    "PlanError",
+    "Report",
+    "Structure",
+    "StructuredError",
+    "TargetError",
+    "compile",
+    "inspect",
+    "load",
+    "make_plan",
+    "nn",
+    "options",
+    "relay",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return importlib.import_module(f"tvm_structured.{name}")
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module 'tvm_structured' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"tvm_structured.{home}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

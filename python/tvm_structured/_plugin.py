@@ -1,0 +1,41 @@
+"""Entry point of the `tvm.backends` group: TVM calls `autoload` at the end of `import tvm`, in tuning workers too."""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+from tvm_structured.errors import EnvironmentMismatchError
+
+TVM_VERSION = "0.27.0.post1"
+FFI_VERSIONS = ("0.1.14.post0", "0.1.14.post1")
+_loaded = False
+
+
+def autoload() -> None:
+    """Register our operators. Idempotent; does nothing where TVM runs without its compiler."""
+    global _loaded
+    if _loaded:
+        return
+    _loaded = True
+    import tvm
+
+    if tvm.base._RUNTIME_ONLY:  # no operator registry there
+        return
+    from tvm_structured import dialect
+
+    dialect.register()
+
+
+def check_versions() -> None:
+    """Raise EnvironmentMismatchError unless TVM and its ffi are versions known to work together."""
+    try:
+        tvm_version, ffi_version = metadata.version("apache-tvm"), metadata.version("apache-tvm-ffi")
+    except metadata.PackageNotFoundError as error:
+        raise EnvironmentMismatchError(
+            f"{error.name} is not installed; run: pip install apache-tvm=={TVM_VERSION} apache-tvm-ffi=={FFI_VERSIONS[-1]}"
+        ) from None
+    if tvm_version != TVM_VERSION or ffi_version not in FFI_VERSIONS:
+        raise EnvironmentMismatchError(
+            f"tvm_structured needs apache-tvm {TVM_VERSION} with apache-tvm-ffi {FFI_VERSIONS[-1]}, found {tvm_version} "
+            f"with {ffi_version}; run: pip install apache-tvm=={TVM_VERSION} apache-tvm-ffi=={FFI_VERSIONS[-1]}"
+        )
