@@ -10,6 +10,7 @@ carry a structure's factors as constants. All of them compute act(scale * layer(
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,6 +104,29 @@ class LayerCall:
         """Whether this is a plain `dense` or `conv2d`, which a plan may rewrite."""
         return self.op in ("dense", "conv2d")
 
+    def num_rows(self) -> int:
+        """How many vectors the layer's matrix is applied to in one run; a symbolic batch counts as one."""
+        shape = static_shape(self.x) or ()
+        if self.conv is not None:
+            height, width = output_hw(self.conv, shape[2:])
+            extents = (shape[0], height, width)
+        else:
+            extents = shape[:-1]
+        return int(np.prod([extent if isinstance(extent, int) else 1 for extent in extents], dtype=np.int64))
+
+    def dense_params(self) -> int:
+        """Parameters of the dense form."""
+        out, inner = matrix_shape(self)
+        return out * inner
+
+    def describe(self) -> str:
+        """`dense 10x84` or `conv 3x3 64->128`."""
+        out, inner = matrix_shape(self)
+        if self.conv is None:
+            return f"dense {out}x{inner}"
+        kh, kw = self.conv.kernel
+        return f"conv {kh}x{kw} {inner * self.conv.groups // (kh * kw)}->{out}"
+
     def to_layer(self) -> Layer:
         """The layer of a canonical call."""
         weight = constant(self.factors[0])
@@ -155,9 +179,16 @@ def infer_type(call: Any, ctx: Any) -> Any:
     c = unpacked.conv
     if isinstance(shape[1], int) and shape[1] * c.kernel[0] * c.kernel[1] != inner * c.groups:
         raise ModelError(f"{unpacked.layer}: the input has {shape[1]} channels, the weight does not fit them")
-    h = (shape[2] + c.padding[0] + c.padding[2] - c.dilation[0] * (c.kernel[0] - 1) - 1) // c.stride[0] + 1
-    w = (shape[3] + c.padding[1] + c.padding[3] - c.dilation[1] * (c.kernel[1] - 1) - 1) // c.stride[1] + 1
+    h, w = output_hw(c, shape[2:])
     return relax.TensorType([shape[0], out, h, w], unpacked.x.ty.dtype)
+
+
+def output_hw(conv: ConvGeometry, hw: Sequence[Any]) -> tuple[Any, Any]:
+    """Output (height, width) of a convolution."""
+    top, left, bottom, right = conv.padding
+    spans = ((hw[0] + top + bottom, 0), (hw[1] + left + right, 1))
+    height, width = ((size - conv.dilation[i] * (conv.kernel[i] - 1) - 1) // conv.stride[i] + 1 for size, i in spans)
+    return height, width
 
 
 def matrix_shape(call: LayerCall) -> tuple[int, int]:

@@ -1,0 +1,44 @@
+"""`with ts.options(...)`: our options for code that only knows TVM's own calls.
+
+TVM lets nobody add PassContext options from Python, so they live in a context variable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `relay.build` uses where `ts.compile` has arguments."""
+
+    budget: Any = None
+    plan: Any = None
+    database: Any = None
+
+
+_current: ContextVar[Options] = ContextVar("tvm_structured_options", default=Options())
+
+
+def current() -> Options:
+    """The options of the innermost `with ts.options(...)` of this thread or task."""
+    return _current.get()
+
+
+@contextmanager
+def options(budget: Any = None, plan: Any = None, database: Any = None) -> Iterator[Options]:
+    """Use a budget (Budget or fraction), a plan (Plan or path) and a tuning database in the block.
+
+    >>> with ts.options(budget=ts.Budget(max_params=0.25)):
+    ...     lib = relay.build(mod, target="llvm", params=params)
+    """
+    chosen = Options(budget, plan, database)
+    token = _current.set(chosen)
+    try:
+        yield chosen
+    finally:
+        _current.reset(token)

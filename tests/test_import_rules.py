@@ -1,0 +1,62 @@
+"""Who may import whom: the architecture, kept true."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "python" / "tvm_structured"
+
+# room -> rooms it may import from (its own always)
+ALLOWED = {
+    "errors": set(),
+    "structures": {"errors"},
+    "schedules": {"errors", "structures"},
+    "dialect": {"errors", "structures", "schedules", "relay_passes"},
+    "relay_passes": {"errors", "structures", "schedules", "dialect"},
+    "planning": {"errors", "structures", "progress", "plan_files"},
+    "nn": {"errors", "structures", "dialect", "schedules", "planning", "progress", "files"},
+    "module": {"errors", "files", "inputs", "targets", "planning", "report"},
+    "relay": {
+        "compiler", "errors", "files", "frontend", "inputs", "module", "planning", "relay_passes", "report",
+        "settings", "structures", "targets",
+    },
+}  # fmt: skip
+
+
+def imports(path: Path) -> set[str]:
+    """Rooms of tvm_structured that a file imports from, type-checking blocks left out."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = [ast.Pass()]
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("tvm_structured"):
+            rest = node.module.split(".")[1:]
+            found |= {rest[0]} if rest else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("tvm_structured.")}
+    return found
+
+
+def sources(room: str) -> list[Path]:
+    single = PACKAGE / f"{room}.py"
+    return [single] if single.exists() else sorted((PACKAGE / room).glob("**/*.py"))
+
+
+@pytest.mark.parametrize("room", ALLOWED)
+def test_a_room_imports_only_what_the_design_allows(room: str) -> None:
+    files = sources(room)
+    assert files, f"{room} has no source"
+    for path in files:
+        assert imports(path) <= ALLOWED[room] | {room}, path
+
+
+def test_mathematics_needs_neither_tvm_nor_torch_to_be_imported() -> None:
+    for path in sources("structures"):
+        top = [node for node in ast.parse(path.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        names = {alias.name for node in top for alias in node.names} | {getattr(node, "module", "") for node in top}
+        assert not {"tvm", "torch"} & {str(name).partition(".")[0] for name in names}, path
