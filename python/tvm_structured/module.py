@@ -1,0 +1,160 @@
+"""A compiled module: call it, time it, export it; and `load` for an exported one.
+
+Needs only TVM's runtime: nothing here imports Relax.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tvm_structured.errors import ModelError
+from tvm_structured.files import atomic
+from tvm_structured.inputs import Input, check_inputs
+from tvm_structured.targets import use_all_cores
+
+if TYPE_CHECKING:
+    from tvm_structured.planning import Plan
+    from tvm_structured.report import Report
+
+METADATA = "structured_metadata"  # a function of the module that returns its description, JSON as uint8
+FORMAT = "tvm_structured.module"
+LIBRARY_SUFFIXES = (".so", ".dylib", ".dll", ".tar")
+
+
+class Runnable:
+    """Call with numpy or torch arrays, the same kind comes out. One object is not to be shared between threads."""
+
+    def __init__(self, executable: Any, metadata: dict[str, Any]) -> None:
+        import tvm
+        from tvm.runtime.vm import VirtualMachine
+
+        use_all_cores()
+        self.executable = executable
+        self.metadata = metadata
+        self.inputs = tuple(Input.from_json(described) for described in metadata["inputs"])
+        self._vm = VirtualMachine(executable, tvm.cpu())
+        self._main = self._vm["main"]
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        """Run. Inputs in order or by name; raises ModelError naming the input that does not fit."""
+        arrays = check_inputs(self.inputs, inputs, named)
+        outputs = self._main(*(to_tvm(array) for array in arrays))
+        return from_tvm(outputs, as_torch=any(is_torch(array) for array in arrays))
+
+    def report(self) -> Report:
+        """What was chosen for each layer and why."""
+        from tvm_structured.report import Report
+
+        return Report.from_dict(self.metadata["report"])
+
+    def time(self, *inputs: Any, repeat: int = 10) -> float:
+        """Median wall time of one run in seconds, of `repeat` measurements of at least 10 ms each."""
+        arrays = [to_tvm(array) for array in check_inputs(self.inputs, inputs, {})]
+        import tvm
+
+        evaluator = self._vm.time_evaluator("main", tvm.cpu(), number=1, repeat=repeat, min_repeat_ms=10)
+        return float(evaluator(*arrays).median)
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(map(str, self.inputs))
+        return f"<{type(self).__name__} main({shapes}) for {self.metadata['target']}>"
+
+
+class Compiled(Runnable):
+    """What `ts.compile` returns."""
+
+    def __init__(self, executable: Any, metadata: dict[str, Any], plan: Plan, mod: Any) -> None:
+        super().__init__(executable, metadata)
+        self.plan = plan
+        self.mod = mod  # the lowered Relax module, to look at with mod.show()
+
+    def export(self, path: Any) -> Path:
+        """Write a shared library (or a .tar of objects, for another machine) that `ts.load` runs.
+
+        Raises ModelError for an unknown suffix, a missing folder or a missing C++ compiler; a file
+        that exists is replaced only when the new one is complete.
+        """
+        path = Path(path)
+        if path.suffix not in LIBRARY_SUFFIXES:
+            raise ModelError(f"{path}: export to one of {', '.join(LIBRARY_SUFFIXES)}")
+        try:
+            with atomic(path) as temporary:
+                self.executable.export_library(str(temporary))
+        except FileNotFoundError as error:
+            raise ModelError(f"{path}: cannot export ({error})") from None
+        except RuntimeError as error:  # TVM's wrapper of a failing or missing compiler
+            reason = str(error).strip().splitlines()[0]
+            raise ModelError(f"{path}: linking failed ({reason}); is a C++ compiler (g++ or clang++) installed?") from error
+        return path
+
+
+def load(path: Any) -> Runnable:
+    """Load an exported module. It needs only TVM's runtime.
+
+    Loading runs code of the file, as with any shared library. Raises ModelError for a file that is
+    missing, damaged or not one of ours.
+    """
+    import tvm
+    from tvm.runtime.vm import VirtualMachine
+
+    path = Path(path)
+    if not path.is_file():
+        raise ModelError(f"{path}: no such file")
+    try:
+        executable = tvm.runtime.load_module(os.fspath(path))
+        raw = VirtualMachine(executable, tvm.cpu())[METADATA]().numpy().tobytes()
+    except Exception as error:  # dlopen errors, missing symbols and foreign modules raise several kinds
+        reason = str(error).strip().splitlines()[-1]
+        raise ModelError(f"{path}: not a module exported by tvm_structured ({reason}); export it again") from None
+    return Runnable(executable, read_metadata(raw, path))
+
+
+def read_metadata(raw: bytes, path: Path) -> dict[str, Any]:
+    metadata = json.loads(raw)
+    if metadata.get("format") != FORMAT:
+        raise ModelError(f"{path}: a TVM module, but not one of tvm_structured")
+    return metadata
+
+
+def is_torch(value: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def to_tvm(array: Any) -> Any:
+    """Zero-copy where memory is contiguous and aligned as TVM's kernels expect, else a copy."""
+    import tvm
+
+    if is_torch(array):
+        array = array.detach().contiguous()
+        aligned = array.data_ptr() % 64 == 0
+    else:
+        array = np.ascontiguousarray(array)
+        aligned = array.ctypes.data % 64 == 0 and array.flags.writeable
+    if aligned and 0 not in array.shape:
+        return tvm.runtime.from_dlpack(array)
+    return tvm.runtime.tensor(np.asarray(array))
+
+
+def from_tvm(output: Any, as_torch: bool) -> Any:
+    """Tensors to numpy or torch; tuples and lists stay what they are, nested."""
+    if hasattr(output, "numpy"):
+        return convert(output, as_torch)
+    if isinstance(output, Sequence) or type(output).__name__ == "Array":
+        return tuple(from_tvm(element, as_torch) for element in output)
+    return output
+
+
+def convert(tensor: Any, as_torch: bool) -> Any:
+    if not as_torch:
+        return tensor.numpy()
+    import torch
+
+    return torch.from_numpy(tensor.numpy()) if 0 in tensor.shape else torch.from_dlpack(tensor)

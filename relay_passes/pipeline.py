@@ -1,0 +1,45 @@
+"""The map of the compiler: every pass, in phases."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from tvm import relax
+from tvm.ir.transform import Sequential
+
+from tvm_structured.relay_passes.apply_schedules import ApplySchedules
+from tvm_structured.relay_passes.canonicalize_layers import CanonicalizeLayers
+from tvm_structured.relay_passes.fuse_epilogue import FuseEpilogue
+from tvm_structured.relay_passes.rewrite_layers import RewriteLayers
+
+
+def canonical_pipeline(params: Mapping[str, np.ndarray], names: Mapping[str, str]) -> Sequential:
+    """An imported module --> one whose layers are `structured.dense` and `structured.conv2d` calls."""
+    return Sequential(
+        [
+            CanonicalizeLayers(params, names),
+            FuseEpilogue(),
+        ]
+    )
+
+
+def structured_pipeline(choices: Mapping[str, Any], target: Any, database: Any = None) -> Sequential:
+    """A canonical module and a plan --> scheduled TensorIR, ready for `tvm.compile(..., "default_build")`."""
+    return Sequential(
+        [
+            # Phase 1: layers become structured operators
+            RewriteLayers(choices),
+            # Phase 2: operators become TensorIR; what is not ours fuses as usual
+            relax.transform.DecomposeOpsForInference(),
+            relax.transform.LegalizeOps(),
+            relax.transform.AnnotateTIROpPattern(),
+            relax.transform.FoldConstant(),
+            relax.transform.FuseOps(),
+            relax.transform.FuseTIR(),
+            relax.transform.DeadCodeElimination(),
+            # Phase 3: a tuned record or a default schedule for every function that has none
+            ApplySchedules(database),
+        ]
+    )
