@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -72,6 +73,7 @@ def load_file(path: Path) -> Any:
         except Exception as error:  # protobuf's DecodeError has moved between its releases
             raise ModelError(f"{path}: not a readable ONNX file ({first_line(error)}); export it again") from None
     torch = need("torch", "torch")
+    importlib.import_module("tvm_structured.nn.ops")  # the file may name our operators
     try:
         return torch.export.load(str(path))
     except Exception as error:  # torch.export.load raises whatever its archive reader does
@@ -80,8 +82,6 @@ def load_file(path: Path) -> Any:
 
 def need(package: str, extra: str) -> Any:
     """Import an optional package, or say how to get it."""
-    import importlib
-
     try:
         return importlib.import_module(package)
     except ImportError:
@@ -121,7 +121,7 @@ def from_torch(model: Any, inputs: Any) -> Imported:
             model,
             keep_params_as_input=True,
             unwrap_unit_return_tuple=True,
-            custom_convert_map=custom_convert_map(),
+            custom_convert_map=custom_convert_map(model),
         )
     except Exception as error:  # the importer raises AssertionError, KeyError, ValueError, TVMError, ...
         raise ModelError(f"TVM cannot import this torch program: {first_line(error)}") from error

@@ -80,7 +80,7 @@ def load_factors(path: Path, name: Any) -> dict[str, np.ndarray]:
         return {}
     factors = path.parent / Path(str(name)).name  # only ever beside the plan
     try:
-        with np.load(factors, allow_pickle=False) as archive:
+        with factors.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return {key: archive[key] for key in archive.files}
     except FileNotFoundError:
         raise PlanError(f"{factors}: missing; it holds the factors of {path} and must lie beside it") from None

@@ -1,0 +1,20 @@
+"""Shared by all tests. Threads are fixed before anything imports TVM."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("TVM_NUM_THREADS", "2")
+sys.path.insert(0, str(Path(__file__).parent))  # importlib mode leaves it out; kernel_harness is shared
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture
+def run_kernel():
+    """run_kernel(structure, rows, epilogue=..., machine=..., ...) -> KernelRun; see tests/kernel_harness.py."""
+    import kernel_harness
+
+    return kernel_harness.run_kernel

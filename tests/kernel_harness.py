@@ -1,0 +1,254 @@
+"""Compile one kernel alone, run it, and compute what it should have given: the `run_kernel` fixture's engine.
+
+Kernels are called on raw buffers that are full of NaN where nothing may be read, and optionally end (or begin)
+at a protected page, so that a read or a write outside of a buffer is a wrong result or a crash.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import mmap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import tirx
+from tvm.target import Target, codegen
+from tvm_structured.schedules import KERNELS, ConvGeometry, Cpu, Epilogue, Site
+from tvm_structured.structures import Structure
+
+ALIGNMENT = 64  # bytes; TVM takes no tensor that is aligned to less
+SSE, AVX2, AVX512 = "llvm", "haswell", "skylake-avx512"
+ALL_EPILOGUES = tuple(
+    Epilogue(scale, bias, residual, activation, *((-0.5, 0.75) if activation == "clip" else (0.0, 0.0)))
+    for scale in (False, True)
+    for bias in (False, True)
+    for residual in (False, True)
+    for activation in Epilogue.ACTIVATIONS
+)
+EVERYTHING = Epilogue(True, True, True, "gelu")
+
+
+def target_for(machine: str = "host", cores: int = 2) -> Target:
+    """`host`, `llvm` (SSE2, TVM's baseline) or the name of a CPU."""
+    description: dict[str, Any] = {"kind": "llvm", "num-cores": cores}
+    if machine != "llvm":
+        description["mcpu"] = codegen.llvm_get_system_cpu() if machine == "host" else machine
+    return Target(description)
+
+
+@functools.cache
+def runnable_machines() -> tuple[str, ...]:
+    """The CPU classes (4, 8 and 16 lanes) whose code this machine can run."""
+    host = target_for("host")
+    if codegen.llvm_get_system_x86_vendor() == "unknown" or "x86" not in str(host.attrs.get("mtriple", "x86")):
+        return ("host",)
+    needs = {SSE: (), AVX2: ("avx2", "fma"), AVX512: ("avx512f", "avx512dq", "avx512bw", "avx512vl")}
+    return tuple(m for m, features in needs.items() if all(codegen.target_has_features(f, host) for f in features))
+
+
+# -- buffers --------------------------------------------------------------------------------------------
+
+
+def plain_buffer(shape: Sequence[int], dtype: str) -> np.ndarray:
+    """An aligned array, NaN in its padding."""
+    return guarded_buffer(shape, dtype, at_end=True)
+
+
+def guarded_buffer(shape: Sequence[int], dtype: str, at_end: bool = True) -> np.ndarray:
+    """An array whose last (or first) byte lies at a page that nobody may touch.
+
+    TVM wants 64-byte alignment, so up to 63 bytes may remain between the end and that page. They are 0xff
+    (NaN as float32): see `slack_of`.
+    """
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    padded = -(-max(size, 1) // ALIGNMENT) * ALIGNMENT
+    pages = -(-padded // mmap.PAGESIZE)
+    region = mmap.mmap(-1, (pages + 2) * mmap.PAGESIZE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(region))
+    libc = ctypes.CDLL(None, use_errno=True)
+    for page in (0, pages + 1):
+        where = ctypes.c_void_p(address + page * mmap.PAGESIZE)
+        if libc.mprotect(where, ctypes.c_size_t(mmap.PAGESIZE), 0):  # 0: PROT_NONE
+            raise OSError(ctypes.get_errno(), "mprotect")
+    start = mmap.PAGESIZE + (pages * mmap.PAGESIZE - padded if at_end else 0)
+    flat = np.frombuffer(region, np.uint8, padded, start)
+    flat[:] = 0xFF
+    return flat[:size].view(dtype).reshape(shape)
+
+
+def slack_of(array: np.ndarray) -> np.ndarray:
+    """The bytes between the end of a `guarded_buffer` and the next 64-byte boundary."""
+    size = -array.nbytes % ALIGNMENT
+    return np.ctypeslib.as_array(ctypes.cast(array.ctypes.data + array.nbytes, ctypes.POINTER(ctypes.c_uint8)), (size,))
+
+
+def filled(values: np.ndarray, allocate: Callable[..., np.ndarray]) -> np.ndarray:
+    buffer = allocate(values.shape, str(values.dtype))
+    buffer[...] = values
+    return buffer
+
+
+# -- kernels --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BuiltKernel:
+    """A compiled kernel. `run` may be called with any number of rows (any batch) if that was left symbolic."""
+
+    structure: Structure
+    epilogue: Epilogue
+    conv: ConvGeometry | None
+    packed: dict[str, np.ndarray]
+    library: Any
+    func: Any
+
+    def run(self, x: np.ndarray, operands: dict[str, np.ndarray], y_shape: Sequence[int], allocate: Any) -> np.ndarray:
+        """y for an input. It was full of NaN, so whatever the kernel forgets shows."""
+        named = [operands[name] for name in self.epilogue.operands]
+        inputs = [filled(np.asarray(v), allocate) for v in (x, *self.packed.values(), *named)]
+        kept = [v.copy() for v in inputs]
+        y = allocate(tuple(y_shape), "float32")
+        self.library["main"](*(tvm.runtime.from_dlpack(v) for v in (*inputs, y)))
+        for before, after in zip(kept, inputs, strict=True):
+            assert np.array_equal(before, after), "the kernel wrote to one of its inputs"
+        for buffer in (*inputs, y):
+            assert (slack_of(buffer) == 0xFF).all(), "the kernel wrote behind the end of a buffer"
+        return y.copy()
+
+
+def build_kernel(
+    structure: Structure,
+    rows: int | None,
+    *,
+    name: str | None = None,
+    epilogue: Epilogue | None = None,
+    machine: str = "host",
+    config: int = 0,
+    conv: ConvGeometry | None = None,
+    image: tuple[int, int] = (0, 0),
+) -> BuiltKernel | None:
+    """Compile the kernel of a structure. `rows` None leaves rows (or batch) symbolic; `config` is the number of
+    the configuration: None is returned past the last one. `image` is the input's (height, width)."""
+    kernel = KERNELS[name or structure.name]
+    target, epilogue = target_for(machine), epilogue or Epilogue()
+    extent = tirx.Var("rows", "int64") if rows is None else rows
+    channels = structure.shape[1] if conv is None else structure.shape[1] // math.prod(conv.kernel) * conv.groups
+    x_shape = (extent, channels, *image) if conv else (extent, channels)
+    y_shape = (extent, structure.shape[0], *output_image(conv, image)) if conv else (extent, structure.shape[0])
+    site = Site(x_shape, y_shape, Cpu.of(target), epilogue, conv)
+    choice = next((c for i, c in enumerate(kernel.configs(structure, site)) if i == config), None)
+    if choice is None:
+        return None
+    packed = {key: np.asarray(value) for key, value in kernel.pack(structure, site, choice).items()}
+    func = kernel.prim_func(structure, site, choice)
+    library = tvm.compile(func.with_attr("global_symbol", "main"), target)
+    return BuiltKernel(structure, epilogue, conv, packed, library, func)
+
+
+@dataclass(frozen=True)
+class KernelRun:
+    """What a kernel gave, what it should have given (float64), and the tolerance between the two."""
+
+    y: np.ndarray
+    expected: np.ndarray
+
+    @property
+    def error(self) -> float:
+        """Largest deviation, relative to the largest value; infinite where something was not written."""
+        if not np.isfinite(self.y).all():
+            return math.inf
+        return float(np.abs(self.y - self.expected).max(initial=0.0) / max(1.0, np.abs(self.expected).max(initial=0.0)))
+
+    def check(self, tolerance: float = 1e-5) -> None:
+        """1e-5: float32 sums of a few thousand terms in another order, and the rational erf."""
+        assert self.y.shape == self.expected.shape
+        assert self.error <= tolerance, f"relative error {self.error:.2e}"
+
+
+def run_kernel(
+    structure: Structure,
+    rows: int = 1,
+    *,
+    built: BuiltKernel | None = None,
+    symbolic: bool = False,
+    image: tuple[int, int] = (0, 0),
+    allocate: Callable[..., np.ndarray] = plain_buffer,
+    seed: int = 0,
+    **options: Any,
+) -> KernelRun:
+    """Compile (unless `built` is given), run on random data, and compute the reference."""
+    built = built or build_kernel(structure, None if symbolic else rows, image=image, **options)
+    assert built is not None, "no such configuration"
+    rng = np.random.default_rng(seed)
+    out, conv = structure.shape[0], built.conv
+    if conv is None:
+        x_shape, y_shape = (rows, structure.shape[1]), (rows, out)
+    else:
+        channels = structure.shape[1] // math.prod(conv.kernel) * conv.groups
+        x_shape, y_shape = (rows, channels, *image), (rows, out, *output_image(conv, image))
+    x = rng.standard_normal(x_shape).astype(np.float32)
+    operands = {
+        "scale": rng.standard_normal(out).astype(np.float32),
+        "bias": rng.standard_normal(out).astype(np.float32),
+        "residual": rng.standard_normal(y_shape).astype(np.float32),
+    }
+    linear = dense_reference(structure, x) if conv is None else conv_reference(structure, x, conv)
+    return KernelRun(built.run(x, operands, y_shape, allocate), finish(linear, built.epilogue, operands))
+
+
+# -- references in float64 ------------------------------------------------------------------------------
+
+
+def dense_reference(structure: Structure, x: np.ndarray) -> np.ndarray:
+    return x.astype(np.float64) @ np.asarray(structure.dense(), np.float64).T
+
+
+def conv_reference(structure: Structure, x: np.ndarray, conv: ConvGeometry) -> np.ndarray:
+    import torch
+
+    matrix = np.asarray(structure.dense(), np.float64)
+    weight = matrix.reshape(matrix.shape[0], *conv.kernel, -1).transpose(0, 3, 1, 2)
+    top, left, bottom, right = conv.padding
+    padded = np.pad(x.astype(np.float64), ((0, 0), (0, 0), (top, bottom), (left, right)))
+    tensors = torch.from_numpy(padded), torch.from_numpy(np.ascontiguousarray(weight))
+    return torch.conv2d(*tensors, stride=conv.stride, dilation=conv.dilation, groups=conv.groups).numpy()
+
+
+def finish(linear: np.ndarray, epilogue: Epilogue, operands: dict[str, np.ndarray]) -> np.ndarray:
+    """act(scale * linear + bias + residual)."""
+    from scipy.special import erf
+
+    feature = (1, -1) + (1,) * (linear.ndim - 2)
+    y = linear
+    if epilogue.scale:
+        y = y * operands["scale"].astype(np.float64).reshape(feature)
+    if epilogue.bias:
+        y = y + operands["bias"].reshape(feature)
+    if epilogue.residual:
+        y = y + operands["residual"]
+    match epilogue.activation:
+        case "relu":
+            return np.maximum(y, 0)
+        case "clip":
+            return np.clip(y, epilogue.low, epilogue.high)
+        case "gelu":
+            return y * 0.5 * (1 + erf(y / math.sqrt(2)))
+    return y
+
+
+def output_image(conv: ConvGeometry | None, image: tuple[int, int]) -> tuple[int, int]:
+    if conv is None:
+        return (0, 0)
+    top, left, bottom, right = conv.padding
+    height, width = (
+        (extent + around - dilation * (kernel - 1) - 1) // stride + 1
+        for extent, around, kernel, stride, dilation in zip(
+            image, (top + bottom, left + right), conv.kernel, conv.stride, conv.dilation, strict=True
+        )
+    )
+    return height, width
