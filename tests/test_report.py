@@ -1,0 +1,54 @@
+"""Reports: the table, the JSON and the page agree with each other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tvm_structured.report import Report, Row
+
+ROWS = (
+    Row("a.weight", "dense 4x8", "low_rank", "rank=1", 12, 32, 48, 128, 24, 64, 1e-7, "the weight has this structure"),
+    Row("<b>", "conv 3x3 8->8", "dense", "", 576, 576, 2304, 2304, 115200, 115200, 0.0, "no structure found", 2e-6),
+)
+
+
+def test_the_total_sums_sizes_and_keeps_the_largest_error() -> None:
+    total = Report("znver5", ROWS).total()
+    assert (total.params, total.dense_params, total.flops, total.dense_flops) == (588, 608, 115224, 115264)
+    assert total.error == 1e-7
+    assert total.seconds == 2e-6
+
+
+def test_the_table_has_a_line_for_each_layer_and_the_total() -> None:
+    text = str(Report("znver5", ROWS))
+    for words in (["a.weight", "low_rank", "rank=1", "37.5 %"], ["conv 3x3 8->8", "2.0 us"], ["total", "588", "96.7 %"]):
+        assert any(all(word in line for word in words) for line in text.splitlines()), words
+
+
+def test_json_holds_rows_and_total_and_reads_back(tmp_path: Path) -> None:
+    report = Report("znver5", ROWS)
+    report.to_json(tmp_path / "report.json")
+    document = json.loads((tmp_path / "report.json").read_text())
+    assert document["total"]["params"] == 588
+    assert Report.from_dict(document) == report
+
+
+def test_the_page_is_self_contained_with_a_picture_and_escaped_names(tmp_path: Path) -> None:
+    Report("znver5", ROWS).to_html(tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "<svg" in page and page.count("<tr") == 4
+    assert "&lt;b&gt;" in page and "<td><b></td>" not in page
+    assert "src=" not in page and "<script" not in page
+
+
+def test_an_empty_report_still_prints_and_renders(tmp_path: Path) -> None:
+    empty = Report("znver5", ())
+    assert "total" in str(empty)
+    empty.to_html(tmp_path / "report.html")
+
+
+def test_a_report_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        Report("znver5", ROWS).to_json(tmp_path / "nowhere" / "report.json")

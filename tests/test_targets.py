@@ -1,0 +1,48 @@
+"""Targets: TVM's own spellings, "host", and a clear error for the rest."""
+
+from __future__ import annotations
+
+import pytest
+import tvm_structured as ts
+from tvm_structured.schedules import Cpu
+from tvm_structured.targets import host_cpu, resolve_target
+
+
+def test_host_names_this_processor_and_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TVM_NUM_THREADS", "3")
+    target = resolve_target("host")
+    assert target.attrs["mcpu"] == host_cpu()
+    assert target.attrs["num-cores"] == 3
+
+
+@pytest.mark.parametrize(
+    ("target", "lanes"),
+    [
+        ("llvm", 4),
+        ({"kind": "llvm", "mcpu": "haswell"}, 8),
+        ({"kind": "llvm", "mcpu": "skylake-avx512", "num-cores": 8}, 16),
+        ({"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mcpu": "cortex-a72"}, 4),
+    ],
+)
+def test_lanes_follow_the_instruction_set(target: object, lanes: int) -> None:
+    resolved = resolve_target(target)
+    assert Cpu.of(resolved).lanes == lanes
+
+
+def test_cores_given_are_kept_and_missing_ones_are_filled_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TVM_NUM_THREADS", "3")
+    assert resolve_target({"kind": "llvm", "mcpu": "haswell", "num-cores": 8}).attrs["num-cores"] == 8
+    filled = resolve_target({"kind": "llvm", "mcpu": "haswell"})
+    assert filled.attrs["num-cores"] == 3 and filled.attrs["mcpu"] == "haswell"
+    assert resolve_target(filled).attrs["num-cores"] == 3
+
+
+@pytest.mark.parametrize("target", ["lvm", "", {"kind": "llvm", "mcup": "x"}, 3, None, {"kind": "nonsense"}])
+def test_a_target_that_tvm_does_not_know_is_named(target: object) -> None:
+    with pytest.raises(ts.TargetError, match="target .*try"):
+        resolve_target(target)
+
+
+def test_targets_without_structured_kernels_are_refused() -> None:
+    with pytest.raises(ts.TargetError, match="only LLVM"):
+        resolve_target({"kind": "cuda", "arch": "sm_90"})
