@@ -41,6 +41,7 @@ class Structure(ABC):
     name: ClassVar[str]
     accepts: ClassVar[tuple[type[Layer], ...]]
     is_lossless: ClassVar[bool] = False  # True: another algorithm for any weight, never an approximation
+    is_frobenius_optimal: ClassVar[bool] = False  # True: no member of the same size is nearer than `from_dense`
 
     shape: tuple[int, int]
 
