@@ -143,6 +143,7 @@ def test_training_approaches_a_member_of_the_family(name):
 
 @pytest.mark.parametrize("shape", [(60, 96), (96, 60), (48, 16, 3, 3), (8, 6, 3, 3)])
 @pytest.mark.parametrize("name", STRUCTURES)
+@torch.no_grad()
 def test_initial_weights_have_the_mean_square_of_torch_layers(name, shape):
     module = linear(name, shape) if len(shape) == 2 else conv(name, shape)
     plain = torch.nn.Linear(600, 600) if len(shape) == 2 else torch.nn.Conv2d(60, 60, 3)
@@ -154,6 +155,7 @@ def test_initial_weights_have_the_mean_square_of_torch_layers(name, shape):
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
+@torch.no_grad()
 def test_initial_activations_keep_their_scale(name):
     """Random inputs come out with a third of their mean square, as from torch.nn.Linear."""
     if Dense not in STRUCTURES[name].accepts:

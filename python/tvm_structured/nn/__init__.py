@@ -1,0 +1,24 @@
+"""The trainable twin: every structure as a torch module, from scratch or projected from a trained model.
+
+    StructuredLinear(512, 256, structure="block_circulant", block=8)
+    convert(model, 0.25)        every layer to its nearest structure of a quarter of the parameters
+    module.to_structure()       the trained member, exactly
+
+Importing this package also registers the torch operators that `torch.export.load` needs for a saved program.
+"""
+
+from __future__ import annotations
+
+try:
+    import torch as torch
+except ImportError:
+    from tvm_structured.errors import EnvironmentMismatchError
+
+    raise EnvironmentMismatchError(
+        "tvm_structured.nn needs torch, which is not installed; run: pip install 'tvm-structured[torch]'"
+    ) from None
+
+from tvm_structured.nn.convert import convert, convertible_layers
+from tvm_structured.nn.structured import Structured, StructuredConv2d, StructuredLinear
+
+__all__ = ["Structured", "StructuredConv2d", "StructuredLinear", "convert", "convertible_layers"]

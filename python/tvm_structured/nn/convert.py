@@ -1,0 +1,157 @@
+"""convert: a model's nn.Linear and nn.Conv2d layers --> structured layers that start from their projections."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from tvm_structured.errors import BudgetError, ModelError, PlanError
+from tvm_structured.nn.structured import (
+    Structured,
+    StructuredConv2d,
+    StructuredLinear,
+    four_sides,
+    make_member,
+    to_numpy,
+)
+from tvm_structured.structures import STRUCTURES, Budget, Conv2d, Dense, Layer, Structure, as_budget, as_layer
+
+
+def convert(model: nn.Module, choices: Any, *, inplace: bool = False, progress: bool = False) -> nn.Module:
+    """The model with structured layers, ready to be fine-tuned; a copy unless `inplace`.
+
+    choices is one of
+      a Budget, or a number for `max_params`: every layer becomes the nearest structure within it (with
+          `max_error`, the smallest that is near enough); layers that have none stay dense;
+      a mapping from layer name ("fc1.weight" or "fc1") to a Structure, to ("block_circulant", {"block": 8}) or to a
+          budget of its own, or a plan with such `choices`: the other layers stay dense.
+
+    Raises BudgetError where no layer has a structure within the budget, PlanError for a name that is no
+    convertible layer and ModelError for a member of another shape.
+    """
+    if not inplace:
+        model = copy.deepcopy(model)
+    layers = convertible_layers(model)
+    wanted = requests(choices, layers)
+    chosen: dict[int, nn.Module] = {}
+    for name in track(wanted, progress):
+        layer = as_layer(layer_of(name, layers[name]))
+        member = choose(layer, wanted[name])
+        if member is not None and member.name in STRUCTURES:
+            chosen[id(layers[name])] = structured_twin(layers[name], member)
+    if not chosen and not isinstance(getattr(choices, "choices", choices), Mapping):
+        raise BudgetError(f"no layer of {type(model).__name__} has a structure within {choices}; allow more")
+    return replace_modules(model, chosen)
+
+
+def convertible_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Layer name -> module, for every layer that `convert` can replace.
+
+    Plain nn.Linear and nn.Conv2d only: a subclass may use its weight in ways of its own (as the output projection
+    of nn.MultiheadAttention does), so may a hook, and a weight that two modules share would come apart.
+    """
+    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    return {
+        f"{path}.weight" if path else "weight": module
+        for path, module in model.named_modules()
+        if is_plain(module) and all(owners[id(p)] == 1 for p in module.parameters())
+    }
+
+
+def is_plain(module: nn.Module) -> bool:
+    """An ordinary dense layer, or an ungrouped zero-padded convolution, without hooks."""
+    if module._forward_pre_hooks or module._forward_hooks:
+        return False
+    if type(module) is nn.Conv2d:
+        return module.groups == 1 and module.padding_mode == "zeros"
+    return type(module) is nn.Linear
+
+
+def requests(choices: Any, layers: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """Layer name -> what is wanted for it."""
+    choices = getattr(choices, "choices", choices)
+    if not layers:
+        raise ModelError("the model has no nn.Linear or nn.Conv2d layer that can be converted")
+    if not isinstance(choices, Mapping):
+        return dict.fromkeys(layers, as_budget(choices))
+    wanted = {}
+    for name, choice in choices.items():
+        full = name if name in layers else f"{name}.weight"
+        if full in layers:
+            wanted[full] = choice
+        elif getattr(choice, "name", None) in STRUCTURES or not isinstance(choice, Structure):
+            raise PlanError(f"{name!r} is no convertible layer of this model; it has {', '.join(layers)}")
+    return wanted
+
+
+def choose(layer: Layer, choice: Any) -> Structure | None:
+    """The member for a layer, None where it stays dense."""
+    if isinstance(choice, tuple):
+        if len(choice) != 2 or not isinstance(choice[1], Mapping):
+            raise PlanError(f'{layer.name}: a choice is like ("block_circulant", {{"block": 8}}), got {choice!r}')
+        return make_member(choice[0], layer, choice[1])
+    if not isinstance(choice, Structure):
+        return nearest(layer, as_budget(choice))
+    if tuple(choice.shape) != layer.matrix.shape:
+        raise ModelError(
+            f"{layer.name}: the {choice.name} member has shape {choice.shape}, the layer's matrix {layer.matrix.shape}"
+        )
+    return choice
+
+
+def nearest(layer: Layer, budget: Budget) -> Structure | None:
+    """The nearest projection of all families; with `max_error` the smallest."""
+    families = [family for family in STRUCTURES.values() if not family.is_lossless]
+    members = [member for family in families if (member := family.project(layer, budget)) is not None]
+    if budget.max_error is not None:
+        return min(members, key=lambda member: member.num_params, default=None)
+    return min(members, key=lambda member: member.error(layer), default=None)
+
+
+def layer_of(name: str, module: nn.Module) -> Layer:
+    """The layer that a torch module holds."""
+    weight = to_numpy(module.weight)
+    if not isinstance(module, nn.Conv2d):
+        return Dense(name, weight)
+    padding = four_sides(module.padding, module.kernel_size, module.dilation)
+    return Conv2d(name, weight, module.stride, padding, module.dilation)
+
+
+def structured_twin(module: Any, member: Structure) -> Structured:
+    """A structured module in the place of a plain one: its device, dtype, mode and frozenness."""
+    twin: Structured
+    if isinstance(module, nn.Conv2d):
+        geometry = {name: getattr(module, name) for name in ("stride", "padding", "dilation")}
+        twin = StructuredConv2d.from_structure(member, module.kernel_size, module.bias, **geometry)
+    else:
+        twin = StructuredLinear.from_structure(member, module.bias)
+    twin.to(device=module.weight.device, dtype=module.weight.dtype)
+    for name, parameter in twin.named_parameters():
+        parameter.requires_grad_((module.bias if name == "bias" else module.weight).requires_grad)
+    return twin.train(module.training)
+
+
+def replace_modules(model: nn.Module, twins: Mapping[int, nn.Module]) -> nn.Module:
+    """Put every twin where its original stood, at all the places of a module that is used twice."""
+    if id(model) in twins:
+        return twins[id(model)]
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if id(child) in twins:
+                setattr(parent, name, twins[id(child)])
+    return model
+
+
+def track(names: Iterable[str], progress: bool) -> Iterable[str]:
+    """The names, under a progress bar on a terminal where that is asked for."""
+    if not progress:
+        return names
+    from rich.console import Console
+    from rich.progress import track as bar
+
+    return bar(list(names), "projecting", console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True)

@@ -1,0 +1,290 @@
+"""Trainable layers with a structured weight: one module for all of STRUCTURES.
+
+    StructuredLinear(512, 256, structure="block_circulant", block=8)
+    StructuredConv2d(16, 32, 3, padding=1, structure="block_circulant", block=4)
+
+The factors of the structure are the parameters ("fc1.c", "fc1.core0", ...), its index factors are buffers.
+`to_structure()` hands the trained member to the compiler as it is; nothing has to be recognised again.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from tvm_structured.errors import ModelError
+from tvm_structured.nn.ops import (
+    apply_conv2d,
+    apply_linear,
+    conv_weight,
+    dense_matrix,
+    structured_conv2d,
+    structured_linear,
+)
+from tvm_structured.structures import STRUCTURES, Conv2d, Dense, Layer, Structure
+
+Pair = int | tuple[int, int]
+Padding = int | tuple[int, int] | tuple[int, int, int, int] | str
+
+
+class Structured(nn.Module):
+    """A layer that holds a member of STRUCTURES. The base of `StructuredLinear` and `StructuredConv2d`."""
+
+    structure: str
+    sizes: str  # JSON of the member's static fields: with the factors it rebuilds the member
+
+    def __init__(self, member: Structure, bias: bool, **factory: Any) -> None:
+        super().__init__()
+        if member.name not in STRUCTURES:
+            raise ModelError(f"{member.name!r} is not in STRUCTURES ({', '.join(STRUCTURES)}); add the structure there")
+        self.structure = member.name
+        self.sizes = json.dumps(member.sizes_of)
+        self.static = dict(member.sizes_of)
+        self.factor_names = tuple(member.factors)
+        self.trainable_names = tuple(member.trainable_factors)
+        self.detail = member.describe()
+        for name, array in member.factors.items():
+            self._add_factor(name, array, factory)
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(member.shape[0], **factory))
+        else:
+            self.register_parameter("bias", None)
+
+    def _add_factor(self, name: str, array: Any, factory: Mapping[str, Any]) -> None:
+        tensor = torch.tensor(np.asarray(array), device=factory.get("device"))
+        if name in self.trainable_names:
+            self.register_parameter(name, nn.Parameter(tensor.to(factory.get("dtype") or tensor.dtype)))
+        else:
+            self.register_buffer(name, tensor)
+
+    @property
+    def factors(self) -> list[Tensor]:
+        """The factor tensors, in the order in which kernels take them."""
+        return [getattr(self, name) for name in self.factor_names]
+
+    def member(self) -> Structure:
+        """The structure holding this module's own tensors: gradients flow through its `apply`."""
+        return STRUCTURES[self.structure].from_factors(self.static, self.factors)
+
+    def to_structure(self) -> Structure:
+        """The numpy member, with copies of the factors: exact, nothing is detected or projected."""
+        arrays = [to_numpy(tensor) for tensor in self.factors]
+        return STRUCTURES[self.structure].from_factors(self.static, arrays)
+
+    def dense_weight(self) -> Tensor:
+        """The dense weight in torch's layout; gradients flow."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the trainable factors anew. The weight's entries get the mean square of torch's own layers, 1 / (3 in).
+
+        A weight is homogeneous in its k trainable factors, of degree k. So they are drawn from N(0, 1) and all
+        scaled by (wanted / drawn Frobenius norm)^(1/k), which leaves them balanced. The bias is uniform within
+        1 / sqrt(in), as in torch. For a convolution `in` counts the taps: kh * kw * channels.
+        """
+        trainable = [getattr(self, name) for name in self.trainable_names]
+        for tensor in trainable:
+            tensor.normal_()
+        out, inner = self.static["shape"]
+        norm = frobenius_norm(self.member())
+        if norm > 0:
+            scale = (math.sqrt(out / 3) / norm) ** (1 / len(trainable))
+            for tensor in trainable:
+                tensor.mul_(scale)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -1 / math.sqrt(inner), 1 / math.sqrt(inner))
+
+
+class StructuredLinear(Structured):
+    """y = x W^T + b with a structured W (out, in); x is (..., in).
+
+    `size` is what the structure's `from_dense` takes, for example block=8. Raises ModelError for a size the
+    structure does not have.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        structure: str,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        **size: Any,
+    ) -> None:
+        layer = Dense("weight", random_weight(out_features, in_features))
+        super().__init__(make_member(structure, layer, size), bias, device=device, dtype=dtype)
+        self.in_features, self.out_features = in_features, out_features
+        self.reset_parameters()
+
+    @classmethod
+    def from_structure(cls, member: Structure, bias: Any = None) -> Self:
+        """A layer that starts from a given member, whose factors it copies."""
+        self = cls.__new__(cls)
+        Structured.__init__(self, member, bias is not None)
+        self.out_features, self.in_features = member.shape
+        return with_bias(self, bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense (out, in) weight, for code that reads `layer.weight`; gradients flow."""
+        return self.dense_weight()
+
+    def dense_weight(self) -> Tensor:
+        return dense_matrix(self.member())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return structured_linear(x, self.factors, self.bias, self.structure, self.sizes)
+        return apply_linear(self.member(), x, self.bias)
+
+    def extra_repr(self) -> str:
+        bias = self.bias is not None
+        return f"{self.in_features}, {self.out_features}, structure={self.structure}, {self.detail}, bias={bias}"
+
+
+class StructuredConv2d(Structured):
+    """2-D convolution whose (out, kh * kw * in) matrix, channel fastest, is structured; x is (n, in, h, w).
+
+    Arguments are those of torch.nn.Conv2d, without groups and with zero padding only. `padding` may also be
+    (top, left, bottom, right), which is what the attribute holds.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Pair,
+        structure: str,
+        stride: Pair = 1,
+        padding: Padding = 0,
+        dilation: Pair = 1,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        **size: Any,
+    ) -> None:
+        kernel = pair(kernel_size)
+        layer = Conv2d("weight", random_weight(out_channels, in_channels, *kernel))
+        super().__init__(make_member(structure, layer, size), bias, device=device, dtype=dtype)
+        self._place(in_channels, kernel, pair(stride), padding, pair(dilation))
+        self.reset_parameters()
+
+    @classmethod
+    def from_structure(
+        cls,
+        member: Structure,
+        kernel_size: Pair,
+        bias: Any = None,
+        stride: Pair = 1,
+        padding: Padding = 0,
+        dilation: Pair = 1,
+    ) -> Self:
+        """A layer that starts from a given member of shape (out, kh * kw * in), whose factors it copies."""
+        kernel = pair(kernel_size)
+        channels, rest = divmod(member.shape[1], math.prod(kernel))
+        if rest:
+            raise ModelError(f"{member.name} of shape {member.shape} does not fit a kernel of {kernel}")
+        self = cls.__new__(cls)
+        Structured.__init__(self, member, bias is not None)
+        self._place(channels, kernel, pair(stride), padding, pair(dilation))
+        return with_bias(self, bias)
+
+    def _place(self, in_channels: int, kernel: Any, stride: Any, padding: Any, dilation: Any) -> None:
+        self.in_channels, self.out_channels = in_channels, self.static["shape"][0]
+        self.kernel_size, self.stride, self.dilation = kernel, stride, dilation
+        self.padding = four_sides(padding, kernel, dilation)
+
+    def dense_weight(self) -> Tensor:
+        """(out, in, kh, kw)."""
+        return conv_weight(self.member(), self.kernel_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 3:  # one image, as torch.nn.Conv2d takes it
+            return self.forward(x.unsqueeze(0)).squeeze(0)
+        geometry = [list(v) for v in (self.kernel_size, self.stride, self.padding, self.dilation)]
+        if torch.compiler.is_compiling():
+            return structured_conv2d(x, self.factors, self.bias, self.structure, self.sizes, *geometry)
+        return apply_conv2d(self.member(), x, self.bias, *geometry)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"padding={self.padding}, structure={self.structure}, {self.detail}, bias={self.bias is not None}"
+        )
+
+
+def make_member(structure: str, layer: Layer, size: Mapping[str, Any]) -> Structure:
+    """The member of that family and size nearest to the layer's weight."""
+    family = STRUCTURES.get(structure)
+    if family is None:
+        raise ModelError(f"no structure is called {structure!r}; choose one of {', '.join(STRUCTURES)}")
+    if not family.takes(layer):
+        raise ModelError(f"{structure} is not defined for a weight of shape {layer.weight.shape}")
+    try:
+        inspect.signature(family.from_dense).bind(layer, **size)
+    except TypeError as error:
+        example = next(iter(family.sizes(layer)), None)
+        hint = f"; for example {', '.join(f'{k}={v}' for k, v in example.items())}" if example else ""
+        raise ModelError(f"{structure} of shape {layer.matrix.shape}: {error}{hint}") from None
+    return family.from_dense(layer, **size)
+
+
+def random_weight(*shape: int) -> np.ndarray[Any, Any]:
+    """A weight from torch's generator. It gives the member its shapes and its index factors, not its values."""
+    return torch.empty(shape, dtype=torch.float32).uniform_(-1, 1).numpy()
+
+
+def frobenius_norm(member: Structure, rows: int = 1024) -> float:
+    """||W||_F through `apply` on blocks of the identity: memory rows * max(in, out), not in * out."""
+    first = member.factors[member.trainable_factors[0]]
+    total = 0.0
+    for start in range(0, member.shape[1], rows):
+        count = min(rows, member.shape[1] - start)
+        block = torch.zeros(count, member.shape[1], dtype=first.dtype, device=first.device)
+        block[torch.arange(count), torch.arange(start, start + count)] = 1
+        total += float(member.apply(block).double().square().sum())
+    return math.sqrt(total)
+
+
+def to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """A copy as numpy; bfloat16, which numpy lacks, becomes float32 (exactly)."""
+    tensor = tensor.detach().cpu()
+    return np.array((tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy(), order="C")
+
+
+def with_bias(module: Any, bias: Any) -> Any:
+    """The module with its bias set to a copy of the given values (or without one)."""
+    if bias is not None:
+        like = getattr(module, module.trainable_names[0])
+        module.bias = nn.Parameter(torch.as_tensor(bias).detach().to(like.device, like.dtype).clone())
+    return module
+
+
+def pair(value: Pair) -> tuple[int, int]:
+    """3 -> (3, 3)."""
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+
+
+def four_sides(padding: Padding, kernel: tuple[int, int], dilation: tuple[int, int]) -> tuple[int, int, int, int]:
+    """(top, left, bottom, right) of a torch padding: a number, (vertical, horizontal), "same" or "valid"."""
+    if padding == "valid":
+        return 0, 0, 0, 0
+    if padding == "same":  # an odd total puts the extra row below and the extra column right, as torch does
+        height, width = (d * (k - 1) for k, d in zip(kernel, dilation, strict=True))
+        return height // 2, width // 2, height - height // 2, width - width // 2
+    if isinstance(padding, str):
+        raise ModelError(f"padding={padding!r} is unknown; give numbers, 'same' or 'valid'")
+    if isinstance(padding, int) or len(padding) == 2:
+        return pair(padding) * 2
+    top, left, bottom, right = padding
+    return top, left, bottom, right
