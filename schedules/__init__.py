@@ -6,12 +6,14 @@ from tvm_structured.schedules.base import Config, ConvGeometry, Epilogue, Kernel
 from tvm_structured.schedules.cpu import Cpu
 from tvm_structured.schedules.dense import DenseKernel
 from tvm_structured.schedules.low_rank import LowRankKernel
+from tvm_structured.schedules.permuted_diagonal import PermutedDiagonalKernel
 
 KERNELS: dict[str, Kernel] = {
     kernel.name: kernel
     for kernel in (
         DenseKernel(),
         LowRankKernel(),
+        PermutedDiagonalKernel(),
     )
 }
 

@@ -6,6 +6,7 @@ indices are element indices, the last one is the start of a vector.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,7 @@ from tvm_structured.schedules.cpu import Cpu
 
 serial = I.serial
 parallel = I.parallel
+STORAGE_FLOOR = 256  # float32 values
 
 
 class EmittedFunc:
@@ -45,6 +47,11 @@ def i64(extent: Extent) -> Any:
     return tirx.IntImm("int64", extent) if isinstance(extent, int) else extent
 
 
+def i32(value: Any) -> Any:
+    """Lane masks count in int32; no dimension has more than 2^31 elements."""
+    return I.int32(value) if isinstance(value, int) else tirx.Cast("int32", value)
+
+
 def arg(name: str, shape: Sequence[Extent], dtype: str = "float32") -> Any:
     """The next parameter of the PrimFunc."""
     return I.arg(name, I.buffer([i64(s) for s in shape], dtype))
@@ -52,12 +59,30 @@ def arg(name: str, shape: Sequence[Extent], dtype: str = "float32") -> Any:
 
 def scratch(shape: Sequence[Extent], dtype: str = "float32") -> Any:
     """Workspace on the heap, allocated where it is declared (once a thread inside `parallel`)."""
-    return I.alloc_buffer([i64(s) for s in shape], dtype)
+    return roomy([i64(s) for s in shape], dtype, {})
 
 
 def local(shape: Sequence[int], dtype: str = "float32") -> Any:
     """A small array on the stack, of any size: without the annotation TVM moves 1 KiB and more to the heap."""
-    return I.alloc_buffer(list(shape), dtype, annotations={"disable_lower_builtin": True})
+    return roomy(list(shape), dtype, {"disable_lower_builtin": True})
+
+
+def roomy(shape: Sequence[Extent], dtype: str, annotations: dict[str, Any]) -> Any:
+    """Allocate an array at least 16 times as large as a vector register, by raising its leading extent.
+
+    StorageRewrite lets arrays whose sizes differ by less take over each other's storage, also a scalar array that
+    of a dead register, and then fails on the two kinds of access.
+    """
+    if not all(isinstance(extent, (int, tirx.IntImm)) for extent in shape):
+        return I.alloc_buffer(shape, dtype, annotations=annotations)
+    leading, *rest = (int(extent) for extent in shape)
+    needed = STORAGE_FLOOR // math.prod(rest) + 1
+    if leading >= needed:
+        return I.alloc_buffer(shape, dtype, annotations=annotations)
+    buffer = I.alloc_buffer([i64(needed), *(i64(extent) for extent in rest)], dtype, annotations=annotations)
+    # CompactBufferAllocation would take the room away again if nothing used it
+    I.buffer_store(buffer, tirx.const(0, dtype), [needed - 1, *(extent - 1 for extent in rest)])
+    return buffer
 
 
 def ceildiv(a: Extent, b: int) -> Extent:
@@ -122,7 +147,8 @@ class Emitter:
 
     def mask(self, first: Any, limit: Extent) -> Any:
         """Lane i is on where first + i < limit."""
-        return tirx.op.get_active_lane_mask(f"boolx{self.lanes}", first, limit)
+        # the intrinsic takes two numbers of one type; beside a symbolic extent one of them would be int64
+        return tirx.op.get_active_lane_mask(f"boolx{self.lanes}", i32(first), i32(limit))
 
     def bind_mask(self, first: Any, limit: Extent) -> Any:
         return I.Bind(self.mask(first, limit))

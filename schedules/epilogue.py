@@ -48,10 +48,11 @@ class RowWriter:
         writer.y = buffer
         return writer
 
-    def store(self, value: Any, row: Any, feature: Any, masked: bool = False) -> None:
-        """Store `lanes` features of a row; with `masked` only those below `out`."""
+    def store(self, value: Any, row: Any, feature: Any, masked: bool = False, limit: Extent | None = None) -> None:
+        """Store `lanes` features of a row; with `masked` only those below `out`, with `limit` those below that."""
         e = self.emitter
-        mask = e.bind_mask(feature, self.out) if masked else None
+        masked = masked or limit is not None
+        mask = e.bind_mask(feature, self.out if limit is None else limit) if masked else None
 
         def operand(buffer: Any, *index: Any) -> Any:
             return e.load_masked(buffer, mask, *index) if masked else e.load(buffer, *index)

@@ -1,0 +1,217 @@
+"""Block-circulant for many rows: transforms of x, one real GEMM for each spectral component, inverse transforms.
+
+A complex product takes three real ones: with P1 = xr wr, P2 = xi wi, P3 = (xr + xi)(wr + wi) it is
+(P1 - P2) + i (P3 - P1 - P2). The components are numbered: frequency 0, for even n frequency n / 2, then re, im and
+re + im of every other frequency. Lanes are blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tvm import tirx
+
+from tvm_structured.schedules import fft
+from tvm_structured.schedules.base import Config, Extent
+from tvm_structured.schedules.circulant_blocks import LaneBlocks
+from tvm_structured.schedules.cpu import Cpu
+from tvm_structured.schedules.emit import Emitter, ceildiv, parallel, row_blocks, scratch, serial
+from tvm_structured.schedules.epilogue import RowWriter
+from tvm_structured.schedules.gemm import multiply_block
+from tvm_structured.structures.block_circulant import BlockCirculant
+from tvm_structured.structures.circulant_pattern import Blocks
+
+STRIDE_PADDING = 80  # floats between components: a power-of-two stride would map them all to the same cache sets
+CHUNK_BYTES = 512 * 1024  # of x's spectrum per component, about what stays in L2 beside a panel of the weight
+SERIAL_WORK = 1 << 15  # multiply-adds below which waking the other threads costs more than it brings
+
+
+def configs(structure: BlockCirculant, cpu: Cpu) -> list[Config]:
+    """Register blocks mr x nr, the best guess first: few padded lanes, then few loads per multiply-add."""
+    vectors = -(-structure.c.shape[0] // cpu.lanes)
+    options = ((8, 2), (6, 4), (8, 3), (14, 1)) if cpu.registers >= 32 else ((4, 2), (3, 3), (6, 1))
+
+    def effort(option: tuple[int, int]) -> float:
+        mr, nr = option
+        return -(-vectors // nr) * nr * (1 + 0.25 * (1 / mr + 1 / nr))
+
+    return [{"mode": "many", "mr": mr, "nr": nr, "prefetch": 64} for mr, nr in sorted(options, key=effort)]
+
+
+def components(n: int) -> int:
+    """How many real GEMMs a block of length n takes."""
+    return 3 * ((n - 1) // 2) + (2 if n % 2 == 0 else 1)
+
+
+def pack(structure: BlockCirculant, cpu: Cpu, config: Config) -> dict[str, np.ndarray]:
+    """The weight's components in GEMM panels, (component, panel, taps * q, nr * lanes), 1 / n included."""
+    c = np.asarray(structure.c, dtype=np.float64)
+    p, columns, n = c.shape
+    spectrum = np.fft.rfft(c) / n
+    inner = spectrum[..., 1 : (n + 1) // 2]
+    edges = spectrum[..., [0]] if n % 2 else spectrum[..., [0, n // 2]]
+    triples = np.stack([inner.real, inner.imag, inner.real + inner.imag], axis=-1).reshape(p, columns, -1)
+    parts = np.concatenate([edges.real, triples], axis=-1).astype(np.float32)
+    width = config["nr"] * cpu.lanes
+    panels = -(-p // width)
+    padded = np.zeros((panels * width, columns, parts.shape[-1]), np.float32)
+    padded[:p] = parts
+    weight = padded.reshape(panels, width, columns, -1).transpose(3, 0, 2, 1)
+    tables = {} if fft.is_straight(n) else {"tables": fft.direct_tables(n)}
+    return {"weight": np.ascontiguousarray(weight), **tables}
+
+
+@dataclass
+class ManyRows:
+    """The three stages over chunks of rows, so that scratch stays small for any number of them."""
+
+    e: Emitter
+    blocks: Blocks
+    rows: Extent
+    config: Config
+    x: Any
+    writer: RowWriter
+    weight: Any  # (component, panel, taps * q, width)
+    tables: Any = None  # of the direct transform, where one is used
+
+    def __post_init__(self) -> None:
+        lanes, (p, columns, n) = self.e.lanes, self.blocks.factor_shape
+        self.n, self.columns = n, columns
+        self.in_groups, self.out_groups = -(-columns // lanes), -(-p // lanes)
+        self.width = self.config["nr"] * lanes
+        self.panels = -(-p // self.width)
+        chunk = max(4 * self.config["mr"], min(256, CHUNK_BYTES // (4 * columns)))
+        self.chunk = min(self.rows, chunk) if isinstance(self.rows, int) else chunk
+        self.x_stride, self.y_stride = self.in_groups * lanes, self.panels * self.width
+        work = components(n) * p * columns
+        self.threaded = not isinstance(self.rows, int) or self.rows * work > SERIAL_WORK
+
+    def emit(self) -> None:
+        parts = components(self.n)
+        self.spectra = scratch((parts, self.chunk * self.x_stride + STRIDE_PADDING))
+        self.products = scratch((parts, self.chunk * self.y_stride + STRIDE_PADDING))
+        if isinstance(self.rows, int) and self.rows == self.chunk:
+            self.stages(0, self.rows)
+            return
+        with serial(0, ceildiv(self.rows, self.chunk)) as piece:
+            first = piece * self.chunk
+            self.stages(first, tirx.min(self.chunk, self.rows - first))
+
+    def stages(self, first: Any, count: Extent) -> None:
+        loop = parallel if self.threaded else serial
+        self.forward(loop, first, count)
+        with loop(0, components(self.n) * self.panels) as unit:
+            row_blocks(count, self.config["mr"], lambda row, rows: self.multiply(unit, row, rows))
+        self.inverse(loop, first, count)
+
+    # -- forward ---------------------------------------------------------------------------------
+
+    def forward(self, loop: Any, first: Any, count: Extent) -> None:
+        with loop(0, count * self.in_groups) as unit:
+            row, group = unit // self.in_groups, unit % self.in_groups
+            lanes = LaneBlocks(self.e, self.blocks)
+            lanes.load(self.x, first + row, group)
+            place = row * self.x_stride + group * self.e.lanes
+            if self.tables is None:
+                self.store_spectrum(fft.real_fft(self.e, [lanes.get(c) for c in range(self.n)]), place)
+            else:
+                self.transform_directly(lanes, place)
+
+    def store_spectrum(self, spectrum: Sequence[fft.Pair], place: Any) -> None:
+        part = 0
+        for re, im in sorted(spectrum, key=lambda pair: pair[1] is not None):  # the real ones are numbered first
+            values = [re] if im is None else [re, im, re + im]
+            for value in values:
+                self.e.store(self.spectra, value, part, place)
+                part += 1
+
+    def transform_directly(self, lanes: LaneBlocks, place: Any) -> None:
+        """re[f] = sum_c (x[c] + x[n - c]) cos, im[f] = -sum_c (x[c] - x[n - c]) sin."""
+        e, n, edges = self.e, self.n, len(self.edge_bins())
+        halves = fft.Halves(e, n)
+        for c in self.edge_bins():
+            halves.set(c, e.bind(lanes.get(c)), e.splat(0.0))
+        with serial(0, (n - 1) // 2) as c:
+            low, high = e.bind(lanes.get(c + 1)), e.bind(lanes.get(n - 1 - c))
+            halves.set(c + 1, low + high, low - high)
+        re, im = halves.transform(self.tables)
+        for part, f in enumerate(self.edge_bins()):
+            e.store(self.spectra, e.load(re, f, 0), part, place)
+        with serial(0, (n - 1) // 2) as f:
+            x, y = e.bind(e.load(re, f + 1, 0)), e.bind(e.load(im, f + 1, 0))
+            for i, value in enumerate((x, e.splat(0.0) - y, x - y)):
+                e.store(self.spectra, value, edges + 3 * f + i, place)
+
+    def edge_bins(self) -> list[int]:
+        """The frequencies (and the places) that are their own mirror image."""
+        return [0] if self.n % 2 else [0, self.n // 2]
+
+    # -- product ---------------------------------------------------------------------------------
+
+    def multiply(self, unit: Any, row: Any, rows: int) -> None:
+        e, nr = self.e, self.config["nr"]
+        part, panel = unit // self.panels, unit % self.panels
+        ahead = self.config["prefetch"]
+
+        def fetch(k: Any) -> None:
+            for q in range(nr):
+                e.prefetch(self.weight, part, panel, k + ahead, q * e.lanes)
+
+        acc = multiply_block(
+            e,
+            rows,
+            nr,
+            self.columns,
+            lambda i, k: self.spectra[part, (row + i) * self.x_stride + k],
+            lambda k, q: e.load(self.weight, part, panel, k, q * e.lanes),
+            prefetch=fetch if ahead else None,
+        )
+        for i in range(rows):
+            for q in range(nr):
+                place = (row + i) * self.y_stride + panel * self.width + q * e.lanes
+                e.store(self.products, acc[i][q][0], part, place)
+
+    # -- inverse ---------------------------------------------------------------------------------
+
+    def inverse(self, loop: Any, first: Any, count: Extent) -> None:
+        with loop(0, count * self.out_groups) as unit:
+            row, group = unit // self.out_groups, unit % self.out_groups
+            lanes = LaneBlocks(self.e, self.blocks)
+            place = row * self.y_stride + group * self.e.lanes
+            if self.tables is None:
+                for c, vector in enumerate(fft.real_ifft(self.e, self.load_spectrum(place), self.n)):
+                    lanes.set(c, vector)
+            else:
+                self.invert_directly(lanes, place)
+            lanes.write(self.writer, first + row, group)
+
+    def load_spectrum(self, place: Any) -> list[fft.Pair]:
+        edges = [self.e.bind(self.e.load(self.products, part, place)) for part in range(len(self.edge_bins()))]
+        inner = [self.complex_product(f, place) for f in range((self.n - 1) // 2)]
+        return [(edges[0], None), *inner, *((edge, None) for edge in edges[1:])]
+
+    def complex_product(self, f: Any, place: Any) -> fft.Pair:
+        """Frequency f + 1 out of its three real products."""
+        e, first = self.e, len(self.edge_bins()) + 3 * f
+        p1, p2, p3 = (e.bind(e.load(self.products, first + i, place)) for i in range(3))
+        return e.bind(p1 - p2), e.bind(p3 - p1 - p2)
+
+    def invert_directly(self, lanes: LaneBlocks, place: Any) -> None:
+        """y[c] = E - O and y[n - c] = E + O with E = sum_f 2 re cos and O = sum_f 2 im sin (real bins once)."""
+        e, n = self.e, self.n
+        halves = fft.Halves(e, n)
+        for part, f in enumerate(self.edge_bins()):
+            halves.set(f, e.load(self.products, part, place), e.splat(0.0))
+        with serial(0, (n - 1) // 2) as f:
+            re, im = self.complex_product(f, place)
+            halves.set(f + 1, re + re, im + im)
+        even, odd = halves.transform(self.tables)
+        for c in self.edge_bins():
+            lanes.set(c, e.load(even, c, 0))
+        with serial(0, (n - 1) // 2) as c:
+            a, b = e.bind(e.load(even, c + 1, 0)), e.bind(e.load(odd, c + 1, 0))
+            lanes.set(c + 1, a - b)
+            lanes.set(n - 1 - c, a + b)

@@ -1,0 +1,118 @@
+"""A model of what a direct convolution costs, good enough to rank its configurations.
+
+Unit: cycles of one core, two vector multiply-adds and two loads to a cycle. The constants are round numbers fitted on
+AVX-512 machines; tuning replaces the ranking by measurements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+
+from tvm_structured.schedules import conv_channels, conv_pixels
+from tvm_structured.schedules.base import Config
+from tvm_structured.schedules.conv_units import Units
+from tvm_structured.schedules.cpu import Cpu
+from tvm_structured.schedules.images import ImageShape, PaddedCopy
+
+LATENCY = 4  # of a multiply-add: a block needs twice as many sums to keep both pipes busy
+LEVEL1 = 32 * 1024  # bytes that stay in level 1
+LEVEL2 = 768 * 1024
+FAR_LOAD = 4.0, 5.0  # cycles for a vector from level 2, and from beyond
+CACHE = 384 * 1024  # bytes of level 2 that a strip may fill
+UNIT_START = 500  # cycles to start a piece of work
+KEPT = 48  # configurations that are offered for tuning
+
+
+def ranked_configs(shape: ImageShape, cpu: Cpu) -> Iterator[Config]:
+    """Configurations of both forms, the cheapest first."""
+    candidates = [config for config in all_configs(shape, cpu)]
+    yield from islice(sorted(candidates, key=lambda config: cost(shape, cpu, config)), KEPT)
+
+
+def all_configs(shape: ImageShape, cpu: Cpu) -> Iterator[Config]:
+    phases = len(conv_pixels.padded_copy(shape, 1).phases)
+    for rows in strip_heights(shape):
+        for parts in {1, 2, cpu.cores}:
+            if phases <= conv_pixels.PHASE_LIMIT:
+                for mr, nr in conv_pixels.register_blocks(cpu):
+                    yield {"form": "pixels", "mr": mr, "nr": nr, "rows": rows, "parts": parts}
+            for mr, nr in conv_channels.register_blocks(cpu):
+                yield {"form": "channels", "mr": mr, "nr": nr, "rows": rows, "parts": parts}
+
+
+def strip_heights(shape: ImageShape) -> list[int]:
+    """The image cut into 1, 2, 3, ... strips of nearly equal height, few enough to look at all of them."""
+    height = shape.output[0]
+    counts = [n for n in range(1, 17) if n <= height] + [n for n in (20, 24, 28, 32, 40, 48, 56, 64, 96, 112, 128) if n <= height]
+    return sorted({-(-height // n) for n in counts}, reverse=True)
+
+
+def cost(shape: ImageShape, cpu: Cpu, config: Config) -> float:
+    """Cycles of the busiest core for one image."""
+    pixels = config["form"] == "pixels"
+    rows, lanes = config["rows"], cpu.lanes
+    if pixels:
+        copy = conv_pixels.padded_copy(shape, rows)
+        direct = conv_pixels.is_direct(shape, config, lanes)
+        block = config["mr"]
+        vectors = -(-conv_pixels.positions(shape, rows) // lanes)
+        full, rest = divmod(vectors, config["nr"])
+        fetch = load_cost(strip_bytes(shape, copy)) / shape.kernel[1]  # neighbouring taps share cache lines
+        step = full * term(cpu, config["mr"], config["nr"], 2, fetch)
+        step += rest and term(cpu, config["mr"], rest, 2, fetch)
+        finish = 2.5 + 2 * load_cost(4 * config["mr"] * vectors * lanes)
+        per_block = shape.depth * step + finish * config["mr"] * vectors
+    else:
+        copy = conv_channels.padded_copy(shape, rows)
+        direct = not any(shape.padding)
+        block = config["nr"] * lanes
+        height, width = conv_channels.pixel_block(shape, config["mr"])
+        height = min(height, rows)
+        count = -(-rows // height) * -(-shape.output[1] // width)
+        finish = config["nr"] * lanes * 8
+        fetch = load_cost(4 * shape.depth * config["nr"] * lanes)
+        per_block = count * (shape.depth * term(cpu, height * width, config["nr"], 1, fetch) + finish)
+    units = Units(shape, rows, config["parts"], block)
+    blocks = units.blocks
+    work = -(-blocks // config["parts"]) * per_block + UNIT_START
+    if not direct:
+        work += copy_cost(shape, copy, lanes)
+    work += traffic(shape, copy, direct, -(-blocks // config["parts"]), blocks, config)
+    total = shape.groups * units.strips * config["parts"]
+    # over many images the pieces even out
+    turns = -(-total // cpu.cores) if isinstance(shape.batch, int) and shape.batch == 1 else max(1.0, total / cpu.cores)
+    return turns * work
+
+
+def term(cpu: Cpu, scalars: int, vectors: int, loads_per_vector: int, fetch: float) -> float:
+    """Cycles of one term of the sum for a register block; `fetch` is the cost of a vector from level 2."""
+    multiply = scalars * vectors / 2
+    loads = (scalars + loads_per_vector * vectors) / 2
+    return max(multiply, loads, fetch * vectors, LATENCY)
+
+
+def load_cost(size: int) -> float:
+    """Cycles for a vector of an operand of so many bytes that is read again and again."""
+    return 0.0 if size <= LEVEL1 else FAR_LOAD[size > LEVEL2]
+
+
+def strip_bytes(shape: ImageShape, copy: PaddedCopy) -> int:
+    """Bytes of the image that a strip reads."""
+    return 4 * shape.channels * copy.plane * len(copy.phases)
+
+
+def copy_cost(shape: ImageShape, copy: PaddedCopy, lanes: int) -> float:
+    """Cycles to fill the scratch: loads, shuffles and a store for each vector, and the overhead of a row."""
+    row = -(-copy.pitch // lanes) * (3.0 if copy.stride[1] > 1 else 2.0) + 8
+    return shape.channels * len(copy.phases) * copy.rows * row
+
+
+def traffic(shape: ImageShape, copy: PaddedCopy, direct: bool, unit_blocks: int, blocks: int, config: Config) -> float:
+    """Cycles lost to operands that do not stay in cache: weights once a unit, the strip once a block."""
+    weights = 4 * shape.groups * shape.outs * shape.depth
+    strip = strip_bytes(shape, copy)
+    lost = 4.0 * shape.outs * shape.depth * unit_blocks / blocks / (64 if weights < CACHE else 24)
+    if strip > CACHE:
+        lost += unit_blocks * strip / 12
+    return lost

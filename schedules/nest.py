@@ -1,0 +1,250 @@
+"""What a default schedule needs to know of a block: its loops, and how every access moves with them.
+
+A block in normal form has exactly one loop for each iteration variable. The address of every access is written as
+a linear function of these variables: a stride of 1 along a loop means vectors, a stride of 0 means reuse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import tvm_ffi
+from tvm import ir, s_tir, sym, tirx
+from tvm.s_tir.dlight.analysis import get_root_block, normalize_prim_func
+
+Stride = Any  # int, an expression of symbolic extents, or None where the address is not linear
+
+EXPENSIVE = ("exp", "erf", "tanh", "sigmoid", "log", "pow", "sqrt", "rsqrt", "sin", "cos", "if_then_else")
+
+
+@dataclass(frozen=True)
+class Loop:
+    """One loop (or several fused ones) and the stride of every access along it; the stores come first."""
+
+    rv: Any
+    extent: Any  # int, or an expression
+    is_reduction: bool
+    branches: bool  # a condition depends on it, as in padding and concatenation
+    strides: tuple[Stride, ...]
+
+    @property
+    def size(self) -> int:
+        """The extent; a symbolic one counts as large."""
+        return self.extent if isinstance(self.extent, int) else 1 << 10
+
+
+@dataclass(frozen=True)
+class Nest:
+    """A block with its loops, outermost first."""
+
+    sch: Any
+    block: Any
+    loops: tuple[Loop, ...]
+    num_stores: int
+
+    @property
+    def spatial(self) -> tuple[Loop, ...]:
+        return tuple(loop for loop in self.loops if not loop.is_reduction)
+
+    @property
+    def reduced(self) -> tuple[Loop, ...]:
+        return tuple(loop for loop in self.loops if loop.is_reduction)
+
+    @property
+    def work(self) -> int:
+        """Iterations in all."""
+        return product(loop.size for loop in self.loops)
+
+
+def product(sizes: Any) -> int:
+    total = 1
+    for size in sizes:
+        total *= size
+    return total
+
+
+def open_schedule(func: Any) -> tuple[Any, list[Nest]] | None:
+    """A schedule with producers inlined and unit loops dropped, and its nests in order.
+
+    None for functions that are not made of plain blocks (loops written by hand, calls of the runtime).
+    """
+    if not isinstance(func.body, s_tir.SBlockRealize):
+        return None
+    sch = s_tir.Schedule(func)
+    inline_producers(sch)
+    infos = normalize_prim_func(sch)
+    if not infos:
+        return None
+    nests = [nest_of(sch, info.block_rv) for info in infos]
+    return None if any(nest is None for nest in nests) else (sch, [nest for nest in nests if nest is not None])
+
+
+# -- producers ------------------------------------------------------------------------------------------
+
+
+def inline_producers(sch: Any) -> None:
+    """Fold injective blocks into their consumers where nothing expensive gets computed more often than before."""
+    root = get_root_block(sch)
+    outputs = {sch.get(block).name_hint for block in sch.get_output_blocks(root)}
+    for block in sch.get_child_blocks(root):
+        stmt = sch.get(block)
+        if stmt.name_hint not in outputs and can_inline(stmt) and is_worth_inlining(sch, block):
+            sch.compute_inline(block)
+
+
+def can_inline(stmt: Any) -> bool:
+    """TensorIR inlines blocks of the form B[i, j, ...] = f(i, j, ...)."""
+    body = stmt.body
+    if not isinstance(body, tirx.BufferStore) or reduces(stmt):
+        return False
+    variables = [iteration.var for iteration in stmt.iter_vars]
+    return len(body.indices) == len(variables) and all(
+        any(index.same_as(variable) for variable in variables) for index in body.indices
+    )
+
+
+def is_worth_inlining(sch: Any, block: Any) -> bool:
+    stmt = sch.get(block)
+    consumers = [sch.get(consumer) for consumer in sch.get_consumers(block)]
+    if not consumers:
+        return False
+    if len(consumers) == 1 and not repeats(stmt, consumers[0]):
+        # A branch in the innermost loop of a reduction costs more than a pass over its padded input
+        return not (reduces(consumers[0]) and calls(stmt.body, "if_then_else"))
+    if any(reduces(consumer) and repeats(stmt, consumer) for consumer in consumers):
+        return isinstance(stmt.body.value, ir.TensorLoad)  # only moves data
+    return not calls(stmt.body, *EXPENSIVE)
+
+
+def reduces(stmt: Any) -> bool:
+    return any(iteration.iter_type == tirx.IterVar.CommReduce for iteration in stmt.iter_vars)
+
+
+def repeats(producer: Any, consumer: Any) -> bool:
+    """Whether the consumer has more iterations than the producer."""
+    inner = product(size_of(iteration.dom.extent) for iteration in producer.iter_vars)
+    return product(size_of(iteration.dom.extent) for iteration in consumer.iter_vars) > inner
+
+
+def size_of(extent: Any) -> int:
+    return int(extent) if isinstance(extent, tirx.IntImm) else 1 << 10
+
+
+# -- strides --------------------------------------------------------------------------------------------
+
+
+def nest_of(sch: Any, block: Any) -> Nest | None:
+    """The nest of a block in normal form, else None."""
+    stmt, loops = sch.get(block), sch.get_loops(block)
+    kinds = [iteration.iter_type for iteration in stmt.iter_vars]
+    if len(loops) != len(kinds) or any(k not in (tirx.IterVar.DataPar, tirx.IterVar.CommReduce) for k in kinds):
+        return None
+    stores, loads = accesses(stmt)
+    strides = [strides_of(buffer, indices, stmt.iter_vars) for buffer, indices in stores + loads]
+    conditions = branch_conditions(stmt.body)
+    return Nest(
+        sch,
+        block,
+        tuple(
+            Loop(
+                loop,
+                extent_of(iteration.dom.extent),
+                kind == tirx.IterVar.CommReduce,
+                any(uses(condition, [iteration.var]) for condition in conditions),
+                tuple(access[position] for access in strides),
+            )
+            for position, (loop, iteration, kind) in enumerate(zip(loops, stmt.iter_vars, kinds, strict=True))
+        ),
+        len(stores),
+    )
+
+
+def extent_of(extent: Any) -> Any:
+    return int(extent) if isinstance(extent, tirx.IntImm) else extent
+
+
+def accesses(stmt: Any) -> tuple[list[Any], list[Any]]:
+    """(buffer, indices) of stores and of loads; loads of what the block itself writes (accumulators) are left out."""
+    stores: list[Any] = []
+    loads: list[Any] = []
+    tvm_ffi.structural_walk(
+        stmt.body,
+        (
+            (tirx.BufferStore, lambda store: stores.append((store.buffer, store.indices))),
+            (ir.TensorLoad, lambda load: loads.append((load.source, load.indices))),
+        ),
+    )
+    return stores, [load for load in loads if not any(load[0].same_as(store[0]) for store in stores)]
+
+
+def strides_of(buffer: Any, indices: Sequence[Any], iter_vars: Sequence[Any]) -> list[Stride]:
+    """Strides of an access along the iteration variables, None for those in which its address is not linear."""
+    analyzer = sym.Analyzer()
+    for iteration in iter_vars:
+        analyzer.bind(iteration.var, iteration.dom)
+    address = tirx.const(0, "int64")
+    for index, extent in zip(indices, buffer.shape, strict=True):
+        address = address * extent + index
+    address = analyzer.simplify(address)
+    variables = [iteration.var for iteration in iter_vars]
+    return [stride_of(address, variable, variables) for variable in variables]
+
+
+def stride_of(address: Any, variable: Any, variables: Sequence[Any]) -> Stride:
+    coefficients = sym.detect_linear_equation(address, [variable])
+    if not coefficients or uses(coefficients[0], variables):
+        return None
+    return extent_of(coefficients[0])
+
+
+def uses(expression: Any, variables: Sequence[Any]) -> bool:
+    found: list[bool] = []
+    tvm_ffi.structural_walk(expression, (tirx.Var, lambda each: found.append(any(each.same_as(v) for v in variables))))
+    return any(found)
+
+
+def calls(body: Any, *names: str) -> bool:
+    """Whether an intrinsic with one of these names is called."""
+    return any(intrinsic(call) in names for call in all_calls(body))
+
+
+def branch_conditions(body: Any) -> list[Any]:
+    return [call.args[0] for call in all_calls(body) if intrinsic(call) == "if_then_else"]
+
+
+def all_calls(body: Any) -> list[Any]:
+    found: list[Any] = []
+    tvm_ffi.structural_walk(body, (ir.Call, found.append))
+    return found
+
+
+def intrinsic(call: Any) -> str:
+    """`exp` for tirx.exp, `if_then_else` for prim.if_then_else."""
+    return str(getattr(call.op, "name", "")).rpartition(".")[2]
+
+
+def collapse(nest: Nest, loops: Sequence[Loop]) -> list[Loop]:
+    """Fuse neighbouring loops which every access crosses as if they were one, so that inner loops get long."""
+    result: list[Loop] = []
+    for loop in reversed(loops):
+        if result and can_collapse(loop, result[0]):
+            inner = result[0]
+            result[0] = replace(inner, rv=nest.sch.fuse(loop.rv, inner.rv), extent=loop.extent * inner.extent)
+        else:
+            result.insert(0, loop)
+    return result
+
+
+def can_collapse(outer: Loop, inner: Loop) -> bool:
+    if outer.is_reduction != inner.is_reduction or outer.branches or inner.branches:
+        return False
+    return all(
+        o is not None and i is not None and same_extent(o, i * inner.extent)
+        for o, i in zip(outer.strides, inner.strides, strict=True)
+    )
+
+
+def same_extent(a: Any, b: Any) -> bool:
+    return a == b if isinstance(a, int) and isinstance(b, int) else bool(sym.Analyzer().can_prove_equal(a, b))
