@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tvm_structured.errors import ModelError
+from tvm_structured.errors import ModelError, PlanError, StructuredError
 from tvm_structured.frontend import Imported, first_line, import_model
 from tvm_structured.module import FORMAT, METADATA, Compiled
 from tvm_structured.planning import Plan, make_plan
@@ -51,11 +51,15 @@ def settle_plan(mod: Any, budget: Any, plan: Any) -> Plan:
     layers: dict[str, Layer] = find_layers(mod)
     given: dict[str, Structure] = find_structures(mod)
     if plan is None:
+        if budget is not None and not layers:
+            raise ModelError("a budget was given, but the model has no layer with a constant float32 weight to apply it to")
         return make_plan(layers, budget).with_given(given)
     if budget is not None:
         raise ModelError("give a plan or a budget, not both: the plan already says what every layer becomes")
     if isinstance(plan, (str, os.PathLike)):
         plan = Plan.load(plan)
+    if not isinstance(plan, Plan):
+        raise PlanError(f"a plan is a ts.Plan or the path of a saved one, got {type(plan).__name__} {plan!r}")
     return plan.without(given).resolve(layers).with_given(given)
 
 
@@ -63,7 +67,7 @@ def build(mod: Any, imported: Imported, plan: Plan, target: Any, database: Any) 
     """Rewrite by plan, schedule and compile."""
     import tvm
 
-    from tvm_structured.relay_passes.find_layers import find_calls
+    from tvm_structured.relay_passes.find_layers import find_calls, find_layers
     from tvm_structured.relay_passes.pipeline import structured_pipeline
 
     report = make_report(find_calls(mod), plan, target.attrs.get("mcpu", target.kind.name))
@@ -73,11 +77,14 @@ def build(mod: Any, imported: Imported, plan: Plan, target: Any, database: Any) 
         "inputs": [spec.to_json() for spec in imported.inputs],
         "report": report.to_dict(),
     }
+    choices = {name: plan.choices[name] for name in find_layers(mod)}
     try:
         with target, stage("Compiling"):
-            lowered = structured_pipeline(plan.choices, target, database)(mod)
+            lowered = structured_pipeline(choices, target, database)(mod)
             executable = tvm.compile(with_metadata(lowered, metadata), target, relax_pipeline="default_build")
-    except tvm.TVMError as error:
+    except (RuntimeError, AttributeError, TypeError, ValueError) as error:  # what TVM's C++ checks raise
+        if isinstance(error, StructuredError):
+            raise
         raise ModelError(f"TVM cannot compile this model for {target}: {first_line(error)}") from error
     return Compiled(executable, metadata, plan, lowered)
 

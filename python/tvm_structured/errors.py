@@ -6,7 +6,8 @@
     ├── TargetError (ValueError)                 a target TVM does not know
     ├── PlanError (ValueError)                   a plan that is broken or belongs to another model
     ├── BudgetError (ValueError)                 a budget that is malformed or that nobody can reach
-    └── KernelNotFoundError (LookupError)        no kernel for a structure on a target
+    ├── KernelNotFoundError (LookupError)        no kernel for a structure on a target
+    └── RemovedNameError (AttributeError)        a name of TVM's Relay that is gone
 
 A message names the thing, the value and the way out.
 """
@@ -38,3 +39,7 @@ class BudgetError(StructuredError, ValueError):
 
 class KernelNotFoundError(StructuredError, LookupError):
     """No kernel is known for a structure on a target."""
+
+
+class RemovedNameError(StructuredError, AttributeError):
+    """A name that TVM's Relay had, that TVM has removed and that this package does not offer."""

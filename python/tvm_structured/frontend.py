@@ -209,5 +209,7 @@ def describe_input(var: Any) -> Input:
     shape = getattr(var.ty, "shape", None)
     if shape is None or not hasattr(shape, "values"):
         raise ModelError(f"input {var.name}: only tensors of known rank can be compiled, got {var.ty}")
-    extents: Sequence[Any] = shape.values
-    return Input(var.name, tuple(int(v) if hasattr(v, "value") else None for v in extents), str(var.ty.dtype))
+    extents = tuple(int(v) if hasattr(v, "value") else None for v in shape.values)
+    if 0 in extents:
+        raise ModelError(f"input {var.name}: shape {extents} is empty; give example inputs with something in them")
+    return Input(var.name, extents, str(var.ty.dtype))

@@ -81,9 +81,13 @@ class Compiled(Runnable):
         Raises ModelError for an unknown suffix, a missing folder or a missing C++ compiler; a file
         that exists is replaced only when the new one is complete.
         """
+        from tvm.support import cc
+
         path = Path(path)
         if path.suffix not in LIBRARY_SUFFIXES:
             raise ModelError(f"{path}: export to one of {', '.join(LIBRARY_SUFFIXES)}")
+        if path.suffix != ".tar" and cc.get_cc() is None:
+            raise ModelError(f"{path}: linking needs a C++ compiler; install g++ or clang++, or set CXX")
         try:
             with atomic(path) as temporary:
                 self.executable.export_library(str(temporary))
@@ -91,7 +95,7 @@ class Compiled(Runnable):
             raise ModelError(f"{path}: cannot export ({error})") from None
         except RuntimeError as error:  # TVM's wrapper of a failing or missing compiler
             reason = str(error).strip().splitlines()[0]
-            raise ModelError(f"{path}: linking failed ({reason}); is a C++ compiler (g++ or clang++) installed?") from error
+            raise ModelError(f"{path}: linking failed ({reason}); check the C++ compiler {cc.get_cc()}") from error
         return path
 
 

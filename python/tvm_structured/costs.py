@@ -1,0 +1,166 @@
+"""What a layer costs in a given form: measured on this machine once, or predicted from operations and bytes."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tvm_structured.cost_store import CostStore
+from tvm_structured.dialect import LayerCall, static_shape
+from tvm_structured.planning import Cost
+from tvm_structured.structures import Structure
+from tvm_structured.targets import host_cpu
+
+SYMBOLIC_BATCH = 8  # a batch that is known at run time only is measured at this size
+PEAK_FLOPS = 100e9  # a core of a server CPU with AVX-512, for predictions: only ratios matter
+BANDWIDTH = 25e9  # bytes a second
+# share of PEAK_FLOPS that the kernels reach, from the tables in docs/benchmarks.md
+EFFICIENCY = {"dense": 0.8, "winograd": 0.6, "block_circulant": 0.45, "permuted_diagonal": 0.3, "tensor_train": 0.5}
+
+
+@dataclass
+class Prices:
+    """Prices layers of one module on one target. `calls`: layer name -> its calls in the canonical module."""
+
+    calls: Mapping[str, Sequence[LayerCall]]
+    target: Any
+    store: CostStore
+    measure: bool = True
+
+    def __call__(self, name: str, structure: Structure) -> Cost:
+        """Seconds for all uses of the layer in one run of the model."""
+        costs = [self.price(with_structure(call, structure), structure) for call in self.calls[name]]
+        return Cost(sum(cost.seconds for cost in costs), all(cost.is_measured for cost in costs))
+
+    def price(self, call: LayerCall, structure: Structure) -> Cost:
+        if not self.measure or not runs_here(self.target):
+            return Cost(predict(call, structure, int(self.target.attrs["num-cores"])), False)
+        key, what = cost_key(call, structure, self.target)
+        known = self.store.get(key)
+        if known is None:
+            known = measure_call(call, self.target)
+            self.store.put(key, known, what)
+        return Cost(known, True)
+
+
+def runs_here(target: Any) -> bool:
+    """Whether code for the target runs on this machine: its own CPU, or one whose features it has."""
+    from tvm.target import Target, codegen
+
+    if "mtriple" in target.attrs and str(target.attrs["mtriple"]).partition("-")[0] != host_architecture():
+        return False
+    host = Target({"kind": "llvm", "mcpu": host_cpu()})
+    vector = ("avx512f", "avx512dq", "avx512bw", "avx512vl", "avx2", "fma", "avx")
+    return all(codegen.target_has_features(f, host) for f in vector if codegen.target_has_features(f, target))
+
+
+def host_architecture() -> str:
+    from tvm.target import codegen
+
+    return str(codegen.llvm_get_system_triple()).partition("-")[0]
+
+
+def with_structure(call: LayerCall, structure: Structure) -> LayerCall:
+    """The canonical call, with the layer in another form."""
+    from tvm import relax
+
+    if structure.name == "dense":
+        return call
+    factors = tuple(relax.const(np.ascontiguousarray(factor)) for factor in structure.factors.values())
+    return replace(call, op=structure.name, sizes=structure.sizes_of, factors=factors)
+
+
+def predict(call: LayerCall, structure: Structure, cores: int) -> float:
+    """Roofline: the slower of the operations at the kernel's usual efficiency and the bytes of factors, x and y."""
+    rows = call.num_rows()
+    peak = PEAK_FLOPS * cores * EFFICIENCY.get(structure.name, 0.5)
+    moved = structure.num_bytes + 4 * rows * sum(structure.shape)
+    return max(structure.flops(rows) / peak, moved / BANDWIDTH)
+
+
+def cost_key(call: LayerCall, structure: Structure, target: Any) -> tuple[str, str]:
+    """(key, description). The key covers form, shapes, index factors, epilogue, target, TVM and our kernels' sources."""
+    import tvm
+
+    indices = {
+        name: hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+        for name, array in structure.factors.items()
+        if name not in structure.trainable_factors
+    }
+    described = {
+        "op": call.op,
+        "sizes": call.sizes,
+        "factors": {name: list(array.shape) for name, array in structure.factors.items()},
+        "indices": indices,
+        "x": concrete(call.x),
+        "epilogue": repr(call.epilogue),
+        "conv": repr(call.conv),
+        "target": str(target),
+        "tvm": tvm.__version__,
+        "kernels": kernel_version(),
+    }
+    key = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:32]
+    return key, f"{call.op} {structure.describe()} {call.describe()} x{list(concrete(call.x))}".replace("  ", " ")
+
+
+@functools.cache
+def kernel_version() -> str:
+    """A digest of all kernel sources: a changed kernel is measured anew."""
+    from tvm_structured import relay_passes, schedules
+
+    digest = hashlib.sha256()
+    for package in (schedules, relay_passes):
+        for source in sorted(Path(str(package.__file__)).parent.glob("*.py")):
+            digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def concrete(x: Any) -> tuple[int, ...]:
+    """The shape, with SYMBOLIC_BATCH where an extent is not known."""
+    return tuple(extent if isinstance(extent, int) else SYMBOLIC_BATCH for extent in static_shape(x) or ())
+
+
+def measure_call(call: LayerCall, target: Any) -> float:
+    """Median seconds of one call, compiled alone, weights hot."""
+    import tvm
+    from tvm.runtime.vm import VirtualMachine
+
+    from tvm_structured.targets import use_all_cores
+
+    use_all_cores()
+    mod, shapes = alone(call)
+    from tvm_structured.relay_passes.pipeline import structured_pipeline
+
+    with target:
+        executable = tvm.compile(structured_pipeline({}, target)(mod), target, relax_pipeline="default_build")
+    machine = VirtualMachine(executable, tvm.cpu())
+    rng = np.random.default_rng(0)
+    arrays = [tvm.runtime.tensor(rng.standard_normal(shape).astype(np.float32)) for shape in shapes]
+    evaluator = machine.time_evaluator("main", tvm.cpu(), number=1, repeat=5, min_repeat_ms=4)
+    return float(evaluator(*arrays).median)
+
+
+def alone(call: LayerCall) -> tuple[Any, list[tuple[int, ...]]]:
+    """A module of one call whose x and residual are inputs, and the inputs' shapes."""
+    from tvm import relax
+
+    builder = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType(concrete(call.x), "float32"))
+    inputs, operands = [x], []
+    for name, value in zip(call.epilogue.operands, call.operands, strict=True):
+        if name == "residual":
+            value = relax.Var("residual", relax.TensorType(concrete(value), "float32"))
+            inputs.append(value)
+        operands.append(value)
+    with builder.function("main", inputs):
+        with builder.dataflow():
+            y = builder.emit_output(replace(call, x=x, operands=tuple(operands)).to_relax())
+        builder.emit_func_output(y)
+    return builder.get(), [concrete(var) for var in inputs]
