@@ -115,7 +115,11 @@ def test_empty_dimensions_are_refused_when_compiling() -> None:
 def test_plans_of_other_models_and_plans_that_are_none(tmp_path: Path) -> None:
     other = ts.compile(nn.Sequential(nn.Conv2d(3, 4, 1)), inputs=(torch.zeros(1, 3, 4, 4),))
     with pytest.raises(ts.PlanError, match="0.weight"):
-        ts.compile(model(), inputs=(X,), plan=ts.Plan({"0.weight": other.plan.choices["0.weight"], "x": other.plan.choices["0.weight"]}))
+        ts.compile(
+            model(),
+            inputs=(X,),
+            plan=ts.Plan({"0.weight": other.plan.choices["0.weight"], "x": other.plan.choices["0.weight"]}),
+        )
     (tmp_path / "plan.json").write_text("no json")
     with pytest.raises(ts.PlanError, match="not a plan in JSON"):
         ts.compile(model(), inputs=(X,), plan=tmp_path / "plan.json")

@@ -44,7 +44,9 @@ class Block(nn.Module):
         self.conv1, self.bn1 = nn.Conv2d(inner, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out)
         self.conv2, self.bn2 = nn.Conv2d(out, out, 3, 1, 1, bias=False), nn.BatchNorm2d(out)
         same = stride == 1 and inner == out
-        self.down = nn.Identity() if same else nn.Sequential(nn.Conv2d(inner, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+        self.down = (
+            nn.Identity() if same else nn.Sequential(nn.Conv2d(inner, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = F.relu(self.bn1(self.conv1(x)))
@@ -108,7 +110,9 @@ def test_a_transformer_with_shared_weights_counts_them_once() -> None:
 @pytest.mark.parametrize("batch", [1, 3, 64])
 def test_a_multi_layer_perceptron_at_several_batches(batch: int) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(33, 70), nn.ReLU(), nn.Linear(70, 129), nn.GELU(), nn.Linear(129, 1, bias=False), nn.ReLU6())
+    model = nn.Sequential(
+        nn.Linear(33, 70), nn.ReLU(), nn.Linear(70, 129), nn.GELU(), nn.Linear(129, 1, bias=False), nn.ReLU6()
+    )
     check(model, torch.randn(batch, 33))
 
 
@@ -131,7 +135,9 @@ PLANTED = [
 
 @pytest.mark.parametrize(("family", "out", "inner", "size"), PLANTED, ids=lambda v: str(v))
 @pytest.mark.parametrize("batch", [1, 20])
-def test_planted_structure_survives_the_whole_road(family: str, out: int, inner: int, size: dict, batch: int, tmp_path: Path) -> None:
+def test_planted_structure_survives_the_whole_road(
+    family: str, out: int, inner: int, size: dict, batch: int, tmp_path: Path
+) -> None:
     model = nn.Sequential(nn.Linear(inner, out), nn.ReLU(), nn.Linear(out, 7))
     model[0].weight.data = torch.from_numpy(planted(family, out, inner, **size))
     x = torch.randn(batch, inner)
@@ -227,7 +233,10 @@ def test_an_exported_library_needs_only_tvms_runtime(tmp_path: Path) -> None:
         "print(module.report())"
     )
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script, str(tmp_path)], capture_output=True, text=True, env=runtime_only()
+        [sys.executable, "-W", "ignore", "-c", script, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=runtime_only(),
     )
     assert done.returncode == 0, done.stderr
     assert "0.weight" in done.stdout

@@ -16,7 +16,8 @@ ALLOWED = {
     "schedules": {"errors", "structures"},
     "dialect": {"errors", "structures", "schedules", "relay_passes"},
     "relay_passes": {"errors", "structures", "schedules", "dialect"},
-    "planning": {"errors", "structures", "progress", "plan_files"},
+    "planning": {"errors", "structures", "progress", "plan_files", "guard"},
+    "guard": {"structures"},
     "nn": {"errors", "structures", "dialect", "schedules", "planning", "progress", "files"},
     "module": {"errors", "files", "inputs", "targets", "planning", "report"},
     "relay": {

@@ -23,7 +23,11 @@ def test_the_total_sums_sizes_and_keeps_the_largest_error() -> None:
 
 def test_the_table_has_a_line_for_each_layer_and_the_total() -> None:
     text = str(Report("znver5", ROWS))
-    for words in (["a.weight", "low_rank", "rank=1", "37.5 %"], ["conv 3x3 8->8", "2.0 us"], ["total", "588", "96.7 %"]):
+    for words in (
+        ["a.weight", "low_rank", "rank=1", "37.5 %"],
+        ["conv 3x3 8->8", "2.0 us"],
+        ["total", "588", "96.7 %"],
+    ):
         assert any(all(word in line for word in words) for line in text.splitlines()), words
 
 

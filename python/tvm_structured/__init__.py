@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     )
     from tvm_structured.inspection import inspect
     from tvm_structured.module import Compiled, load
-    from tvm_structured.settings import options
     from tvm_structured.planning import Plan, make_plan
     from tvm_structured.report import Report
+    from tvm_structured.settings import options
     from tvm_structured.structures import STRUCTURES, Budget, Conv2d, Dense, Layer, Structure
 
 __version__ = "0.1.0"

@@ -8,6 +8,7 @@ from tvm_structured.errors import EnvironmentMismatchError
 
 TVM_VERSION = "0.27.0.post1"
 FFI_VERSIONS = ("0.1.14.post0", "0.1.14.post1")
+INSTALL = f"pip install apache-tvm=={TVM_VERSION} apache-tvm-ffi=={FFI_VERSIONS[-1]}"
 _loaded = False
 
 
@@ -31,11 +32,9 @@ def check_versions() -> None:
     try:
         tvm_version, ffi_version = metadata.version("apache-tvm"), metadata.version("apache-tvm-ffi")
     except metadata.PackageNotFoundError as error:
-        raise EnvironmentMismatchError(
-            f"{error.name} is not installed; run: pip install apache-tvm=={TVM_VERSION} apache-tvm-ffi=={FFI_VERSIONS[-1]}"
-        ) from None
+        raise EnvironmentMismatchError(f"{error.name} is not installed; run: {INSTALL}") from None
     if tvm_version != TVM_VERSION or ffi_version not in FFI_VERSIONS:
         raise EnvironmentMismatchError(
-            f"tvm_structured needs apache-tvm {TVM_VERSION} with apache-tvm-ffi {FFI_VERSIONS[-1]}, found {tvm_version} "
-            f"with {ffi_version}; run: pip install apache-tvm=={TVM_VERSION} apache-tvm-ffi=={FFI_VERSIONS[-1]}"
+            f"tvm_structured needs apache-tvm {TVM_VERSION} with apache-tvm-ffi {FFI_VERSIONS[-1]}, "
+            f"found {tvm_version} with {ffi_version}; run: {INSTALL}"
         )

@@ -106,13 +106,14 @@ def run(library: Path, inputs: tuple[str, ...], output: Path | None, timed: bool
     module = load(library)
     given = {name: read_array(Path(file)) for name, file in (split(text, "--input") for text in inputs)}
     rng = np.random.default_rng(0)
-    arrays = {spec.name: given.pop(spec.name) if spec.name in given else random_input(spec, rng) for spec in module.inputs}
-    outputs = module(**arrays, **given)
+    missing = {spec.name: random_input(spec, rng) for spec in module.inputs if spec.name not in given}
+    arrays = {**given, **missing}
+    outputs = module(**arrays)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     for index, array in enumerate(outputs):
         click.echo(f"output {index}: {array.dtype}{list(array.shape)} min {array.min():.6g} max {array.max():.6g}")
     if timed:
-        click.echo(f"median {module.time(*arrays.values()) * 1e3:.4f} ms")
+        click.echo(f"median {module.time(**arrays) * 1e3:.4f} ms")
     if output is not None:
         with atomic(output if output.suffix == ".npz" else output.with_suffix(".npz")) as temporary:
             np.savez(temporary, *outputs)

@@ -52,7 +52,9 @@ def settle_plan(mod: Any, budget: Any, plan: Any) -> Plan:
     given: dict[str, Structure] = find_structures(mod)
     if plan is None:
         if budget is not None and not layers:
-            raise ModelError("a budget was given, but the model has no layer with a constant float32 weight to apply it to")
+            raise ModelError(
+                "a budget was given, but the model has no layer with a constant float32 weight to apply it to"
+            )
         return make_plan(layers, budget).with_given(given)
     if budget is not None:
         raise ModelError("give a plan or a budget, not both: the plan already says what every layer becomes")

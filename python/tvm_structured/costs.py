@@ -14,7 +14,7 @@ import numpy as np
 
 from tvm_structured.cost_store import CostStore
 from tvm_structured.dialect import LayerCall, static_shape
-from tvm_structured.planning import Cost
+from tvm_structured.guard import Cost
 from tvm_structured.structures import Structure
 from tvm_structured.targets import host_cpu
 
@@ -86,7 +86,7 @@ def predict(call: LayerCall, structure: Structure, cores: int) -> float:
 
 
 def cost_key(call: LayerCall, structure: Structure, target: Any) -> tuple[str, str]:
-    """(key, description). The key covers form, shapes, index factors, epilogue, target, TVM and our kernels' sources."""
+    """(key, description). The key covers form, shapes, index factors, epilogue, target and versions."""
     import tvm
 
     indices = {

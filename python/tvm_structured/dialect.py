@@ -19,6 +19,7 @@ import tvm_ffi
 from tvm import ir, relax
 from tvm_ffi.dataclasses import py_class
 
+from tvm_structured import errors
 from tvm_structured.errors import ModelError
 from tvm_structured.schedules import KERNELS, ConvGeometry, Epilogue
 from tvm_structured.structures import STRUCTURES, Conv2d, Dense, Layer, Structure, Unstructured
@@ -67,7 +68,10 @@ class LayerCall:
         conv = None
         if attrs.kernel:
             conv = ConvGeometry(
-                *(tuple(int(v) for v in values) for values in (attrs.kernel, attrs.strides, attrs.padding, attrs.dilation)),
+                *(
+                    tuple(int(v) for v in values)
+                    for values in (attrs.kernel, attrs.strides, attrs.padding, attrs.dilation)
+                ),
                 groups=int(attrs.groups),
             )
         return cls(
@@ -204,6 +208,9 @@ def register() -> None:
     """Register the operators with TVM; doing it again is harmless."""
     from tvm_structured.relay_passes.lower_structured import legalize
 
+    for error in vars(errors).values():
+        if isinstance(error, type) and issubclass(error, errors.StructuredError):
+            tvm_ffi.register_error(error)  # else it is a RuntimeError after crossing a pass or an inference function
     known = set(ir.Op.list_op_names())
     for name in KERNELS:
         if PREFIX + name in known:

@@ -41,7 +41,9 @@ def check_inputs(expected: Sequence[Input], inputs: Sequence[Any], named: Mappin
     names = [spec.name for spec in expected]
     unknown = [name for name in named if name not in names]
     if unknown:
-        raise ModelError(f"unknown input {unknown[0]!r}; the model takes {', '.join(map(str, expected)) or 'no inputs'}")
+        raise ModelError(
+            f"unknown input {unknown[0]!r}; the model takes {', '.join(map(str, expected)) or 'no inputs'}"
+        )
     given = dict(zip(names, inputs, strict=False)) | dict(named)
     if len(inputs) + len(named) != len(expected) or len(given) != len(expected):
         wanted = ", ".join(map(str, expected)) or "none"

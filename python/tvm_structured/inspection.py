@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tvm_structured.planning import TOLERANCE
+from tvm_structured.guard import TOLERANCE
 from tvm_structured.progress import track
 from tvm_structured.structures import STRUCTURES, Budget, Layer, Structure, as_layer
 
@@ -23,7 +23,7 @@ class Nearness:
 
 @dataclass(frozen=True)
 class Finding:
-    """One layer. `found` names the structure that the weight has (None: none), `near` the nearest member of each family."""
+    """One layer. `found` is the structure that the weight has, or None; `near` the nearest member of each family."""
 
     layer: str
     kind: str
@@ -62,7 +62,9 @@ class Inspection(Mapping[str, Finding]):
         from rich.table import Table
 
         families = [name for name, family in STRUCTURES.items() if not family.is_lossless]
-        title = f"structure of each layer; error of the nearest member with at most {self.max_params:.0%} of the parameters"
+        title = (
+            f"structure of each layer; error of the nearest member with at most {self.max_params:.0%} of the parameters"
+        )
         table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
         for heading in ("layer", "kind", "shape", "has"):
             table.add_column(heading)

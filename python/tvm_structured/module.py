@@ -54,9 +54,9 @@ class Runnable:
 
         return Report.from_dict(self.metadata["report"])
 
-    def time(self, *inputs: Any, repeat: int = 10) -> float:
+    def time(self, *inputs: Any, repeat: int = 10, **named: Any) -> float:
         """Median wall time of one run in seconds, of `repeat` measurements of at least 10 ms each."""
-        arrays = [to_tvm(array) for array in check_inputs(self.inputs, inputs, {})]
+        arrays = [to_tvm(array) for array in check_inputs(self.inputs, inputs, named)]
         import tvm
 
         evaluator = self._vm.time_evaluator("main", tvm.cpu(), number=1, repeat=repeat, min_repeat_ms=10)

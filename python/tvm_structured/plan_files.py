@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import numpy as np
 
 from tvm_structured.errors import PlanError
 from tvm_structured.files import atomic
-from tvm_structured.planning import Note, Plan, Requested
+from tvm_structured.guard import Note
+from tvm_structured.planning import Plan, Requested
 from tvm_structured.structures import STRUCTURES, Structure, Unstructured
 
 FORMAT = "tvm_structured.plan"
@@ -47,7 +49,7 @@ def entry(name: str, choice: Structure | Requested, note: Note | None, arrays: d
         described["factors"] = list(choice.factors)
         arrays.update({f"{name}/{factor}": np.asarray(array) for factor, array in choice.factors.items()})
     if note is not None:
-        described |= {"error": note.error, "reason": note.reason, "weight": note.weight_digest}
+        described["note"] = asdict(note)
     return described
 
 
@@ -60,17 +62,22 @@ def load_plan(path: Any) -> Plan:
         raise PlanError(f"{path}: no such file") from None
     except (ValueError, OSError) as error:
         raise PlanError(f"{path}: not a plan in JSON ({error}); save one with plan.save()") from None
-    if not isinstance(document, Mapping) or document.get("format") != FORMAT or not isinstance(document.get("layers"), Mapping):
+    if (
+        not isinstance(document, Mapping)
+        or document.get("format") != FORMAT
+        or not isinstance(document.get("layers"), Mapping)
+    ):
         raise PlanError(f"{path}: JSON, but not a plan of tvm_structured (no format {FORMAT!r} with layers)")
     if document.get("version") != VERSION:
-        raise PlanError(f"{path}: plan version {document.get('version')!r}, this release reads {VERSION}; make a new plan")
+        raise PlanError(
+            f"{path}: plan version {document.get('version')!r}, this release reads {VERSION}; make a new plan"
+        )
     arrays = load_factors(path, document.get("factors"))
     choices, notes = {}, {}
     for name, described in document["layers"].items():
         choices[name] = read_choice(f"{path}: {name}", name, described, arrays)
-        if "reason" in described:
-            error = described.get("error", 0.0)
-            notes[name] = Note(float(error), str(described["reason"]), str(described.get("weight", "")))
+        if "note" in described:
+            notes[name] = read_note(f"{path}: {name}", described["note"])
     return Plan(choices, notes)
 
 
@@ -86,6 +93,13 @@ def load_factors(path: Path, name: Any) -> dict[str, np.ndarray]:
         raise PlanError(f"{factors}: missing; it holds the factors of {path} and must lie beside it") from None
     except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
         raise PlanError(f"{factors}: not readable ({error}); save the plan again") from None
+
+
+def read_note(where: str, described: Any) -> Note:
+    try:
+        return Note(**described)
+    except TypeError as error:
+        raise PlanError(f"{where}: malformed note ({error}); remove it") from None
 
 
 def read_choice(where: str, name: str, described: Any, arrays: Mapping[str, np.ndarray]) -> Structure | Requested:
@@ -106,4 +120,6 @@ def read_choice(where: str, name: str, described: Any, arrays: Mapping[str, np.n
     try:
         return family.from_factors(described["sizes"], [arrays[f"{name}/{factor}"] for factor in described["factors"]])
     except (KeyError, TypeError, ValueError) as error:
-        raise PlanError(f"{where}: its sizes and factors do not make a {structure} ({error}); save the plan again") from None
+        raise PlanError(
+            f"{where}: its sizes and factors do not make a {structure} ({error}); save the plan again"
+        ) from None

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from tvm_structured.errors import BudgetError, PlanError
+from tvm_structured.guard import Note, Price, by_operations, by_price, candidates, digest, keep_dense
 from tvm_structured.progress import track
 from tvm_structured.structures import STRUCTURES, Budget, Layer, Structure, Unstructured, as_budget, as_layer
-
-TOLERANCE = 1e-5  # relative Frobenius error up to which a weight counts as a member
 
 
 @dataclass(frozen=True)
@@ -23,14 +19,8 @@ class Requested:
     name: str
     size: Mapping[str, Any] = field(default_factory=dict)
 
-
-@dataclass(frozen=True)
-class Note:
-    """Why a layer got its structure. `error` is the relative Frobenius error against the model's weight."""
-
-    error: float
-    reason: str
-    weight_digest: str = ""
+    def describe(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self.size.items())
 
 
 @dataclass(frozen=True)
@@ -61,7 +51,7 @@ class Plan:
         width = max((len(name) for name in self.choices), default=0)
         lines = []
         for name, choice in self.choices.items():
-            size = choice.describe() if isinstance(choice, Structure) else ", ".join(f"{k}={v}" for k, v in choice.size.items())
+            size = choice.describe()
             note = self.notes.get(name)
             lines.append(f"{name:<{width}}  {choice.name:<18} {size:<16} {note.reason if note else ''}".rstrip())
         return "\n".join(lines) or "(a plan without layers)"
@@ -119,30 +109,30 @@ class Plan:
 
 def project_as_asked(family: type[Structure], layer: Layer, choice: Requested) -> Structure:
     """The member of the size that a plan names; where it names none, the first that the family offers."""
-    size = choice.size or next(iter(family.sizes(layer)), None)
-    if size is None:
+    offered = [choice.size] if choice.size else list(family.sizes(layer))
+    if not offered:
         raise PlanError(f"{layer.name}: {choice.name} has no member for shape {layer.matrix.shape}; choose another")
+    size = offered[0]
     try:
         return family.from_dense(layer, **size)
     except TypeError as error:
         known = next(iter(family.sizes(layer)), {})
-        raise PlanError(f"{layer.name}: size {dict(size)} of {choice.name} is malformed ({error}); such as {dict(known)}") from None
+        raise PlanError(
+            f"{layer.name}: size {dict(size)} of {choice.name} is malformed ({error}); such as {dict(known)}"
+        ) from None
 
 
-def digest(weight: Any) -> str:
-    """A short fingerprint of a weight's values."""
-    return hashlib.sha256(np.ascontiguousarray(weight).tobytes()).hexdigest()[:16]
-
-
-def keep_dense(layer: Layer, reason: str) -> tuple[Structure, Note]:
-    return Unstructured.from_dense(layer), Note(0.0, reason, "")
-
-
-def make_plan(layers: Mapping[str, Layer] | Iterable[Layer], budget: Budget | float | None = None) -> Plan:
+def make_plan(
+    layers: Mapping[str, Layer] | Iterable[Layer],
+    budget: Budget | float | None = None,
+    price: Price | None = None,
+) -> Plan:
     """Choose a structure for every layer.
 
     Without a budget only structures that the weights already have are used, so the result equals the dense
     model. With one, layers that have no structure are projected to the nearest member within the budget.
+    `price(layer name, structure)` guards the choice: a form that does not beat the dense layer is not used. Without
+    it the forms with fewer operations than the dense layer are.
     Raises BudgetError if no layer can reach the budget.
     """
     if not isinstance(layers, Mapping):
@@ -150,46 +140,20 @@ def make_plan(layers: Mapping[str, Layer] | Iterable[Layer], budget: Budget | fl
     limits = None if budget is None else as_budget(budget)
     choices: dict[str, Structure | Requested] = {}
     notes: dict[str, Note] = {}
-    for name, layer in track(layers.items(), "Finding structure", len(layers)):
-        choices[name], notes[name] = choose(as_layer(layer), limits)
-    if limits is not None and layers and not any(reaches(choices[n], layers[n], limits) for n in layers):
+    reached = False
+    for name, layer in track(layers.items(), "Choosing structures", len(layers)):
+        found = candidates(as_layer(layer), limits)
+        reached = reached or any(reaches(member, layer, limits) for member in found.all())
+        choices[name], notes[name] = by_price(layer, found, price) if price else by_operations(layer, found)
+        reached = reached or reaches(choices[name], layer, limits)
+    if layers and limits is not None and not reached:
         raise BudgetError(unreachable(layers, limits))
     return Plan(choices, notes)
 
 
-def choose(layer: Layer, budget: Budget | None) -> tuple[Structure, Note]:
-    """One layer's structure and the reason."""
-    fingerprint = digest(layer.weight)
-    exact = cheapest(layer, (family.detect(layer, TOLERANCE) for family in STRUCTURES.values()))
-    if exact is not None and not exact.is_lossless:
-        return exact, Note(exact.error(layer), "the weight has this structure", fingerprint)
-    if budget is not None:
-        near = nearest(layer, (family.project(layer, budget) for family in STRUCTURES.values()))
-        if near is not None:
-            return near, Note(near.error(layer), "nearest within the budget", fingerprint)
-    if exact is not None:
-        return exact, Note(0.0, "same weight, fewer operations", fingerprint)
-    return keep_dense(layer, "no structure found" if budget is None else "no structure within the budget")
-
-
-def cheapest(layer: Layer, members: Iterable[Structure | None]) -> Structure | None:
-    """The member with the fewest operations, among those with fewer than the dense layer."""
-    rows, dense = layer.rows(1), layer.flops(1)
-    cheaper = [member for member in members if member is not None and member.flops(rows) < dense]
-    # a structure that the weight has beats an algorithm for any weight: it saves memory traffic as well
-    return min(cheaper, key=lambda m: (m.is_lossless, m.flops(rows), m.num_params), default=None)
-
-
-def nearest(layer: Layer, members: Iterable[Structure | None]) -> Structure | None:
-    """The member with the smallest error, among those with fewer operations and parameters than dense."""
-    rows, dense = layer.rows(1), layer.flops(1)
-    useful = [m for m in members if m is not None and not m.is_lossless and m.flops(rows) < dense]
-    return min(useful, key=lambda m: m.error(layer), default=None)
-
-
-def reaches(choice: Structure | Requested, layer: Layer, budget: Budget) -> bool:
+def reaches(choice: Structure | Requested, layer: Layer, budget: Budget | None) -> bool:
     """Whether a choice is within the budget; dense counts only where the budget asks for nothing less."""
-    if not isinstance(choice, Structure):
+    if budget is None or not isinstance(choice, Structure):
         return True
     params = budget.max_params is None or choice.num_params <= budget.max_params * layer.num_params
     rows = layer.rows(1)
@@ -207,5 +171,6 @@ def unreachable(layers: Mapping[str, Layer], budget: Budget) -> str:
     hint = "no structure is defined for it"
     if best is not None:
         fraction = best.num_params / layer.num_params
-        hint = f"the smallest, {best.name} {best.describe()}, has {fraction:.2g} of the parameters and error {best.error(layer):.2g}"
+        error = best.error(layer)
+        hint = f"the smallest, {best.name} {best.describe()}, has {fraction:.2g} of the parameters, error {error:.2g}"
     return f"{name}: no structure reaches {budget}; {hint}. Loosen the budget"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 from tvm_structured.files import atomic
@@ -43,9 +42,7 @@ class Report:
 
     def total(self) -> Row:
         """The sum of all rows; its error is the largest one."""
-        sums = {
-            f.name: sum(getattr(row, f.name) for row in self.rows) for f in fields(Row) if f.type == "int"
-        }
+        sums = {f.name: sum(getattr(row, f.name) for row in self.rows) for f in fields(Row) if f.type == "int"}
         times = [row.seconds for row in self.rows if row.seconds is not None]
         error = max((row.error for row in self.rows), default=0.0)
         seconds = sum(times) if times else None

@@ -16,7 +16,9 @@ def render(report: Report) -> str:
     template = (resources.files("tvm_structured") / "templates" / "report.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     rows = [(row, cells(row)) for row in report.rows]
-    return environment.from_string(template).render(report=report, rows=rows, total=cells(report.total()), picture=bars(report))
+    return environment.from_string(template).render(
+        report=report, rows=rows, total=cells(report.total()), picture=bars(report)
+    )
 
 
 def bars(report: Report) -> Any:

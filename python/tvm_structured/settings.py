@@ -21,12 +21,13 @@ class Options:
     database: Any = None
 
 
-_current: ContextVar[Options] = ContextVar("tvm_structured_options", default=Options())
+DEFAULTS = Options()
+_current: ContextVar[Options] = ContextVar("tvm_structured_options")
 
 
 def current() -> Options:
     """The options of the innermost `with ts.options(...)` of this thread or task."""
-    return _current.get()
+    return _current.get(DEFAULTS)
 
 
 @contextmanager

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-
 from tvm_structured.errors import BudgetError, ModelError, PlanError
 from tvm_structured.nn import Structured, StructuredConv2d, StructuredLinear, convert, convertible_layers
 from tvm_structured.structures import STRUCTURES, Budget, Unstructured, as_layer
@@ -211,5 +210,5 @@ def test_a_member_of_another_shape_is_refused():
 
 
 def test_a_model_without_layers_is_refused():
-    with pytest.raises(ModelError, match="no nn.Linear or nn.Conv2d layer"):
+    with pytest.raises(ModelError, match=r"no nn\.Linear or nn\.Conv2d layer"):
         convert(nn.ReLU(), 0.5)

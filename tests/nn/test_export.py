@@ -12,7 +12,6 @@ from torch import nn
 from torch.nn import functional as F
 from tvm import relax
 from tvm.relax.frontend.torch import from_exported_program
-
 from tvm_structured.dialect import LayerCall, constant, register
 from tvm_structured.errors import KernelNotFoundError
 from tvm_structured.nn import StructuredConv2d, StructuredLinear
@@ -41,9 +40,10 @@ class Net(nn.Module):
         conv_size = middle_size(name, Conv2d("w", np.ones((8, 6, 3, 3), dtype=np.float32)))
         dense_size = middle_size(name, Dense("w", np.ones((12, 8), dtype=np.float32)))
         self.first = nn.Conv2d(3, 6, 1)
+        self.stride = (1, 1) if STRUCTURES[name].is_lossless else (1, 2)
         self.conv = nn.Identity()
         if conv_size is not None:
-            self.conv = StructuredConv2d(6, 8, 3, name, stride=(1, 2), padding=(1, 0, 2, 1), **conv_size)
+            self.conv = StructuredConv2d(6, 8, 3, name, stride=self.stride, padding=(1, 0, 2, 1), **conv_size)
         self.body = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.fc = nn.ModuleList()
         if dense_size is not None:

@@ -1,4 +1,4 @@
-"""The trainable modules against the mathematics: values, gradients, initialisation, and what torch users do to modules."""
+"""The trainable modules against the mathematics: values, gradients, initialisation, and what torch users do."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
-
 from tvm_structured.errors import ModelError
 from tvm_structured.nn import StructuredConv2d, StructuredLinear
 from tvm_structured.structures import STRUCTURES, Conv2d, Dense
@@ -74,6 +73,8 @@ def test_linear_is_the_product_with_its_dense_matrix(name, shape, lead):
     bias=st.booleans(),
 )
 def test_conv_is_torch_conv2d_with_its_dense_weight(name, shape, stride, padding, dilation, bias):
+    placed = Conv2d("weight", np.ones(shape), stride=stride, dilation=(dilation, dilation))
+    assume(STRUCTURES[name].takes(placed) or not STRUCTURES[name].is_lossless)
     module = conv(name, shape, stride=stride, padding=padding, dilation=dilation, bias=bias)
     out, channels, kh, kw = shape
     matrix = module.to_structure().dense().astype(np.float64)  # channel fastest
@@ -273,3 +274,13 @@ def test_member_that_does_not_fit_the_kernel_is_refused():
     member = StructuredLinear(10, 4, "low_rank", rank=2).to_structure()
     with pytest.raises(ModelError, match=r"does not fit a kernel of \(3, 3\)"):
         StructuredConv2d.from_structure(member, 3)
+
+
+def test_winograd_is_refused_where_it_is_not_defined():
+    with pytest.raises(ModelError, match=r"winograd is not defined for .* stride \(2, 2\)"):
+        StructuredConv2d(4, 4, 3, "winograd", stride=2, tile=2)
+    with pytest.raises(ModelError, match=r"winograd is not defined for a weight of shape \(4, 4\)"):
+        StructuredLinear(4, 4, "winograd", tile=2)
+    member = StructuredConv2d(4, 4, 3, "winograd", tile=2).to_structure()
+    with pytest.raises(ModelError, match=r"winograd is not defined for .* dilation \(2, 2\)"):
+        StructuredConv2d.from_structure(member, 3, dilation=2)
