@@ -64,15 +64,14 @@ def main_of(mod: Any) -> Any:
 def weights_of(function: Any, params: Mapping[str, Any]) -> dict[str, Array]:
     """The values of all parameters that are no inputs, checked against their declared types."""
     attrs = function.attrs or {}
-    inputs = int(attrs["num_input"]) if "num_input" in attrs else None
-    weights = {}
-    for position, var in enumerate(function.params):
-        if position < inputs if inputs is not None else var.name not in params:
-            continue
+    if "num_input" in attrs:
+        candidates = list(function.params)[int(attrs["num_input"]) :]
+    else:
+        candidates = [var for var in function.params if var.name in params]
+    for var in candidates:
         if var.name not in params:
             raise ModelError(f"parameter {var.name!r} of 'main' has no value; pass it in params")
-        weights[var.name] = checked(var, np.asarray(params[var.name]))
-    return weights
+    return {var.name: checked(var, np.asarray(params[var.name])) for var in candidates}
 
 
 def checked(var: Any, value: Array) -> Array:
@@ -90,16 +89,20 @@ def checked(var: Any, value: Array) -> Array:
 
 
 def tied_names(function: Any, params: Mapping[str, Array], names: Mapping[str, str]) -> dict[str, str]:
-    """Tied parameters go by the name of the first. torch.export lists them all and reads one of them, often the last:
-    a parameter that nobody reads and that equals one which is read is the same one."""
+    """Tied parameters go by the name of the first. torch.export lists them all and reads only the last of them:
+    a parameter that nobody reads is the last one that is read and equals it."""
     uses = count_uses(function.body)
     weights = [var for var in function.params if var.name in params]
     tied = {var.name: names.get(var.name, var.name) for var in weights}
+    renamed: set[str] = set()
     for position, unread in enumerate(weights):
-        for other in weights[position + 1 :] if uses[unread] == 0 else ():
-            if uses[other] and tied[other.name] == names.get(other.name, other.name):
-                if is_identical(params[unread.name], params[other.name]):
-                    tied[other.name] = tied[unread.name]
+        if uses[unread]:
+            continue
+        later = (var for var in reversed(weights[position + 1 :]) if uses[var])
+        twin = next((var for var in later if is_identical(params[unread.name], params[var.name])), None)
+        if twin is not None and twin.name not in renamed:
+            tied[twin.name] = tied[unread.name]
+            renamed.add(twin.name)
     return tied
 
 

@@ -20,21 +20,21 @@ def with_affine(layer: LayerCall, scale: Array | float | None, shift: Array | fl
     if layer.epilogue.activation != "none" or (scale is not None and layer.epilogue.residual):
         return None
     operands = operands_of(layer)
-    old_scale, old_bias = (known(operands, name) for name in ("scale", "bias"))
-    if scale is not None:
-        old_scale = np.asarray(scale, np.float64) * (1.0 if old_scale is None else old_scale)
-        old_bias = None if old_bias is None else old_bias * scale
-    if shift is not None:
-        old_bias = np.asarray(shift, np.float64) + (0.0 if old_bias is None else old_bias)
-    out = matrix_shape(layer)[0]
-    for name, value in (("scale", old_scale), ("bias", old_bias)):
-        if value is None:
-            continue
-        with np.errstate(over="ignore"):
-            vector = np.broadcast_to(value, (out,)).astype(np.float32)
-        if not np.isfinite(vector).all():
-            return None  # a division by zero keeps its own meaning
-        operands[name] = relax.const(vector)
+    factor, offset = (known(operands, name) for name in ("scale", "bias"))
+    with np.errstate(all="ignore"):
+        if scale is not None:
+            factor = np.asarray(scale, np.float64) * (1.0 if factor is None else factor)
+            offset = None if offset is None else offset * scale
+        if shift is not None:
+            offset = np.asarray(shift, np.float64) + (0.0 if offset is None else offset)
+        vectors = {
+            name: np.broadcast_to(value, matrix_shape(layer)[:1]).astype(np.float32)
+            for name, value in (("scale", factor), ("bias", offset))
+            if value is not None
+        }
+    if not all(np.isfinite(vector).all() for vector in vectors.values()):
+        return None  # a division by zero keeps its own meaning
+    operands.update({name: relax.const(vector) for name, vector in vectors.items()})
     return with_operands(layer, operands)
 
 

@@ -114,6 +114,12 @@ def reduction(function: Callable[..., Any]) -> Callable[..., Array]:
     return apply
 
 
+def cast(call: Any, x: Array) -> Array | None:
+    """Between the types that NumPy itself has; bfloat16 and its like are left to TVM."""
+    wanted = str(call.attrs.dtype)
+    return x.astype(wanted) if x.dtype.kind in "fiu" and wanted in NATIVE else None
+
+
 def split(call: Any, x: Array) -> list[Array]:
     sections = call.attrs.indices_or_sections
     cuts: Any = int(sections) if hasattr(sections, "value") else list(integers(sections))
@@ -145,6 +151,8 @@ def take(call: Any, x: Array, indices: Array) -> Array | None:
     return np.asarray(np.take(x, indices, axis=None if axis is None else int(axis)))
 
 
+NATIVE = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8")
+
 OPERATORS: dict[str, Callable[..., Any]] = {
     "relax.permute_dims": lambda call, x: x.transpose(permutation(call)),
     "relax.reshape": reshaped,
@@ -152,7 +160,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "relax.squeeze": reshaped,
     "relax.flatten": reshaped,
     "relax.broadcast_to": broadcast,
-    "relax.astype": lambda call, x: x.astype(str(call.attrs.dtype)) if x.dtype.kind in "fiu" else None,
+    "relax.astype": cast,
     "relax.concat": lambda call, xs: np.concatenate(xs, axis=int(call.attrs.axis or 0)),
     "relax.stack": lambda call, xs: np.stack(xs, axis=int(call.attrs.axis or 0)),
     "relax.split": split,

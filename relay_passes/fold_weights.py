@@ -107,7 +107,7 @@ class WeightFolder:
         origin = largest([weight.origin for weight in weights])
         if isinstance(value, list):
             return [Weight(v, replace(origin, part=f"{origin.part}[{i}]")) for i, v in enumerate(value)]
-        return Weight(value, replace(origin, part=origin.part + slice_part(call, inputs[0])))
+        return Weight(value, replace(origin, part=origin.part + slice_part(call, inputs)))
 
 
 def largest(origins: list[Origin]) -> Origin:
@@ -131,17 +131,16 @@ def is_computation(value: Any) -> bool:
     return isinstance(value, (ir.Call, relax.Tuple, relax.TupleGetItem, relax.Var, ir.GenericConst))
 
 
-def slice_part(call: Any, source: Any) -> str:
+def slice_part(call: Any, inputs: list[Any]) -> str:
     """What a slice is called: "[2]" for the third of equal parts or row 2, "[3:7]" otherwise, "" for no slice."""
     name = op_name(call)
-    if name == "relax.take" and call.attrs.axis is not None and call.args[1].ty.ndim == 0:
-        index = constant(call.args[1])
-        return "" if index is None else f"[{int(index)}]"
+    if name == "relax.take" and call.attrs.axis is not None and inputs[1].value.ndim == 0:
+        return f"[{int(inputs[1].value)}]"
     if name != "relax.strided_slice":
         return ""
     parts = []
     for axis, begin, end, stride in zip(*slice_bounds(call), strict=True):
-        extent = source.value.shape[axis]
+        extent = inputs[0].value.shape[axis]
         first, last, _ = slice(begin, end, stride).indices(extent)
         length = last - first
         if length == extent:

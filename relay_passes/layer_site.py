@@ -54,7 +54,7 @@ class Site:
 
 
 def find_site(var: Any, lookup: Callable[[Any], Any], uses: Callable[[Any], int], reads: int = 1) -> Site | None:
-    """The layer behind a variable that is read `reads` times; None without one, or where its output has other readers."""
+    """The layer behind a variable that is read `reads` times; None without one, or where it has other readers."""
     views: list[Any] = []
     while isinstance(var, relax.Var) and uses(var) == (reads if not views else 1):
         value = lookup(var)

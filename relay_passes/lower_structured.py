@@ -6,13 +6,16 @@ A matrix structure on a convolution runs its dense kernel on patches (im2col, ch
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from tvm import relax
+from tvm import relax, tirx
 from tvm.target import Target
 
 from tvm_structured.errors import KernelNotFoundError
-from tvm_structured.schedules import KERNELS, Cpu, Site
+from tvm_structured.schedules import KERNELS, Cpu, Epilogue, Site
+from tvm_structured.schedules.images import ImageShape
+from tvm_structured.schedules.patches import patches_func, rows_to_image_func
 
 
 def legalize(builder: Any, call: Any) -> Any:
@@ -72,13 +75,33 @@ def emit_kernel(builder: Any, call: Any, x: Any, operands: Any, x_shape: Any, y_
     if kernel is None:
         raise KernelNotFoundError(f"{call.layer}: no kernel is registered for {call.op!r}; add it to schedules.KERNELS")
     structure = call.to_structure()
-    site = Site(x_shape, y_shape, cpu, call.epilogue, call.conv)
+    leading = bindable(x_shape[0])
+    site = Site((leading, *x_shape[1:]), (leading, *y_shape[1:]), cpu, call.epilogue, call.conv)
     config = next(kernel.configs(structure, site))
     packed = [relax.const(array) for array in kernel.pack(structure, site, config).values()]
     func = builder.add_func(kernel.prim_func(structure, site, config), kernel.name)
     return relax.call_tir(func, [x, *packed, *operands], relax.TensorType(y_shape, "float32"))
 
 
+def bindable(extent: Any) -> Any:
+    """What a PrimFunc may declare: a number or a variable. An expression becomes a variable of its own."""
+    return extent if isinstance(extent, (int, tirx.Var)) else tirx.Var("rows", "int64")
+
+
 def lower_on_patches(builder: Any, call: Any, x_shape: Any, y_shape: Any, cpu: Cpu) -> Any:
-    """Convolution by a matrix structure: patches (batch * oh * ow, kh * kw * in) times the matrix."""
-    raise NotImplementedError
+    """Convolution by a matrix structure: patches (batch * oh * ow, kh * kw * in) times the matrix.
+
+    image -> rows -> the structure's kernel -> image; the epilogue belongs to the last step, which touches every
+    output anyway, so that a residual needs no conversion.
+    """
+    batch = bindable(x_shape[0])
+    shape = ImageShape.of(Site((batch, *x_shape[1:]), (batch, *y_shape[1:]), cpu, call.epilogue, call.conv))
+    if shape.groups != 1:
+        raise KernelNotFoundError(f"{call.layer}: {call.op} has no kernel for {shape.groups} groups; leave it dense")
+    rows = x_shape[0] * (shape.output[0] * shape.output[1])
+    to_rows = builder.add_func(patches_func(shape, cpu), "patches")
+    patches = builder.emit(relax.call_tir(to_rows, [call.x], relax.TensorType((rows, shape.depth), "float32")))
+    plain = replace(call, conv=None, epilogue=Epilogue(), operands=())
+    y_rows = builder.emit(emit_kernel(builder, plain, patches, (), (rows, shape.depth), (rows, shape.outs), cpu))
+    to_image = builder.add_func(rows_to_image_func((batch, *y_shape[1:]), call.epilogue, cpu), "rows_to_image")
+    return relax.call_tir(to_image, [y_rows, *call.operands], relax.TensorType(y_shape, "float32"))

@@ -127,7 +127,7 @@ def emit_dense(ctx: Any, x: Any, weight: Weight, matrix: Array, is_visited: bool
 
 
 def without_factor(ctx: Any, x: Any) -> tuple[Any, float]:
-    """(z, alpha) with x = alpha * z, z ready for use; alpha is 1 unless x is a multiple of something, or its transpose."""
+    """(z, alpha) with x = alpha * z, z ready for use; alpha is 1 unless x is a multiple, or the transpose of one."""
     source = ctx.source(x)
     match op_name(source):
         case "relax.broadcast_to" if same_shape(static_shape(source), static_shape(source.args[0])):

@@ -7,7 +7,7 @@ its scale into the weight.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -41,7 +41,7 @@ class RewriteLayers:
             if name not in layers and name in given and given[name].name == structure.name:
                 continue  # the model's own structure
             check_choice(name, structure, layers)
-            rewrites[name] = rewritten(calls[name], structure)
+            rewrites[name] = rewrite_of(calls[name], structure)
         return _Rewriter(mod, rewrites).run()
 
 
@@ -50,9 +50,7 @@ def check_choice(name: str, structure: Structure, layers: Mapping[str, Layer]) -
     layer = layers.get(name)
     if layer is None:
         known = ", ".join(layers) or "none"
-        raise PlanError(
-            f"the plan names layer {name!r}, which this model does not have (its layers: {known}); make a new plan"
-        )
+        raise PlanError(f"the plan names {name!r}, which this model lacks (its layers: {known}); make a new plan")
     if tuple(structure.shape) != layer.matrix.shape:
         raise PlanError(
             f"{name}: the plan's {structure.name} has shape {tuple(structure.shape)}, the layer's matrix is "
@@ -65,39 +63,46 @@ def check_choice(name: str, structure: Structure, layers: Mapping[str, Layer]) -
         )
 
 
+@dataclass(frozen=True, eq=False)
 class Rewrite:
     """How the calls of one layer change. The factors are constants that all its uses share."""
 
-    def __init__(self, structure: Structure, layer: LayerCall, scale: Array | None) -> None:
-        """`scale`, one value per output feature, goes into the weight; None leaves the calls' own."""
-        self.structure, self.scale = structure, scale
-        if isinstance(structure, Unstructured):
-            weight = constant(layer.factors[0])
-            factors = layer.factors if scale is None else (relax.const(scaled(weight, scale)),)
-            self.op, self.sizes, self.factors = layer.op, layer.sizes, tuple(factors)
-            return
-        arrays = structure.factors
-        if scale is not None:
-            arrays = {**arrays, "weight": scaled(arrays["weight"], scale)}
-        self.op, self.sizes = structure.name, structure.sizes_of
-        self.factors = tuple(factor_constant(array) for array in arrays.values())
+    op: str
+    sizes: dict[str, Any]
+    factors: tuple[Any, ...]
+    holds_scale: bool  # the factors took the calls' scale in
 
     def apply(self, call: LayerCall) -> LayerCall:
-        if self.scale is not None:
+        if self.holds_scale:
             operands = operands_of(call)
             del operands["scale"]
             call = with_operands(call, operands)
         return replace(call, op=self.op, sizes=self.sizes, factors=self.factors)
 
 
-def rewritten(calls: list[LayerCall], structure: Structure) -> Rewrite:
-    """Scale is folded where the structure holds a weight with an output axis, and all uses have the same scale."""
-    canonical = [call for call in calls if call.is_canonical]
-    scales = [constant(operands_of(call).get("scale")) for call in canonical]
-    shared = scales[0] if "weight" in structure.factors else None
-    if shared is not None and not all(s is not None and np.array_equal(s, shared) for s in scales):
-        shared = None
-    return Rewrite(structure, canonical[0], shared)
+def rewrite_of(calls: list[LayerCall], structure: Structure) -> Rewrite:
+    """A scale goes into the factor `weight`, whose first axis is the output's, if the structure has one."""
+    calls = [call for call in calls if call.is_canonical]
+    scale = common_scale(calls) if "weight" in structure.factors else None
+    if not isinstance(structure, Unstructured):
+        arrays = structure.factors
+        if scale is not None:
+            arrays = {**arrays, "weight": scaled(arrays["weight"], scale)}
+        factors = tuple(factor_constant(array) for array in arrays.values())
+        return Rewrite(structure.name, structure.sizes_of, factors, scale is not None)
+    factors = calls[0].factors
+    if scale is not None:
+        factors = (relax.const(scaled(constant(factors[0]), scale)),)
+    return Rewrite(calls[0].op, calls[0].sizes, factors, scale is not None)
+
+
+def common_scale(calls: list[LayerCall]) -> Array | None:
+    """The scale of all calls; None where one has none or another one: the weight would no longer be shared."""
+    scales = [constant(operands_of(call).get("scale")) for call in calls]
+    first = scales[0]
+    if first is None or not all(scale is not None and np.array_equal(scale, first) for scale in scales):
+        return None
+    return first
 
 
 def scaled(weight: Any, scale: Array) -> Array:

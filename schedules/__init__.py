@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from tvm_structured.schedules.base import Config, ConvGeometry, Epilogue, Kernel, Site
+from tvm_structured.schedules.conv2d import Conv2dKernel
 from tvm_structured.schedules.cpu import Cpu
 from tvm_structured.schedules.dense import DenseKernel
 from tvm_structured.schedules.low_rank import LowRankKernel
 from tvm_structured.schedules.permuted_diagonal import PermutedDiagonalKernel
+from tvm_structured.schedules.tensor_train import TensorTrainKernel
+from tvm_structured.schedules.winograd import WinogradKernel
 
 KERNELS: dict[str, Kernel] = {
     kernel.name: kernel
     for kernel in (
         DenseKernel(),
+        Conv2dKernel(),
         LowRankKernel(),
         PermutedDiagonalKernel(),
+        TensorTrainKernel(),
+        WinogradKernel(),
     )
 }
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any, cast
 
 import numpy as np
-
-from tvm_structured.schedules import circulant_direct, circulant_few, circulant_many, fft
-from tvm_structured.schedules.base import Config, Kernel, Site
+from tvm_structured.schedules import circulant_direct, circulant_few, circulant_many
+from tvm_structured.schedules.base import Config, Extent, Kernel, Site
+from tvm_structured.schedules.circulant_direct import Direct
 from tvm_structured.schedules.circulant_few import FewRows
 from tvm_structured.schedules.circulant_many import ManyRows
 from tvm_structured.schedules.emit import Emitter, arg, prim_func
@@ -17,7 +16,9 @@ from tvm_structured.schedules.epilogue import RowWriter
 from tvm_structured.structures.base import Structure
 from tvm_structured.structures.block_circulant import BlockCirculant
 
-FEW = 2  # rows for which the streaming kernel is faster than three stages
+FEW = 2  # rows up to which streaming beats three stages; at 4 the GEMM is ahead
+LONGEST_TABLE = 64  # block up to which multiplying by a DFT matrix, as `few` does, is cheap enough for one row
+MODES: dict[str, Any] = {"few": circulant_few, "many": circulant_many, "direct": circulant_direct}
 
 
 class BlockCirculantKernel(Kernel):
@@ -28,15 +29,11 @@ class BlockCirculantKernel(Kernel):
 
     def configs(self, structure: Structure, site: Site) -> Iterator[Config]:
         member = cast(BlockCirculant, structure)
-        direct = circulant_direct.configs(member, site.rows, site.cpu)
-        many = circulant_many.configs(member, site.cpu)
-        few = circulant_few.configs(member, site.rows, site.cpu) if isinstance(site.rows, int) and site.rows <= 4 else []
-        spectral = [*few, *many] if few and site.rows <= FEW else [*many, *few]
-        yield from [*direct, *spectral] if direct_is_cheaper(member, site) else [*spectral, *direct]
+        for mode in by_effort(member, site.rows, site.cpu.lanes):
+            yield from MODES[mode].configs(member, site.rows, site.cpu)
 
     def pack(self, structure: Structure, site: Site, config: Config) -> dict[str, np.ndarray]:
-        modes = {"few": circulant_few.pack, "many": circulant_many.pack, "direct": circulant_direct.pack}
-        return modes[config["mode"]](cast(BlockCirculant, structure), site.cpu, config)
+        return MODES[config["mode"]].pack(cast(BlockCirculant, structure), site.cpu, config)
 
     def prim_func(self, structure: Structure, site: Site, config: Config) -> Any:
         member, e = cast(BlockCirculant, structure), Emitter(site.cpu)
@@ -45,19 +42,15 @@ class BlockCirculantKernel(Kernel):
             x = arg("x", (site.rows, member.shape[1]))
             packed = {name: arg(name, shape) for name, shape in shapes.items()}
             writer = RowWriter(e, site.epilogue, site.rows, member.shape[0])
-            mode = {"few": FewRows, "many": ManyRows, "direct": circulant_direct.Direct}[config["mode"]]
-            mode(e, member.blocks, site.rows, config, x, writer, **packed).emit()
+            emitter = {"few": FewRows, "many": ManyRows, "direct": Direct}[config["mode"]]
+            emitter(e, member.blocks, site.rows, config, x, writer, **packed).emit()
         return made.func
 
 
-def direct_is_cheaper(member: BlockCirculant, site: Site) -> bool:
-    """Compare the vector operations for one row: long blocks in small numbers do not repay their transforms."""
-    (p, columns, n), lanes = member.blocks.factor_shape, site.cpu.lanes
-    wide, tall = -(-n // lanes), -(-p // lanes)
-    direct = p * columns * n * wide
-    if site.rows == 1:
-        half = circulant_few.half_length(n)
-        return direct <= columns * n * wide + 4 * half * columns * tall + 2 * half * p * wide
-    transform = n * (1.5 * math.log2(n) + 4) if fft.is_straight(n) else n * (n / 2 + 8)
-    product = circulant_many.components(n) * columns * tall
-    return direct <= (-(-columns // lanes) + tall) * transform + product
+def by_effort(member: BlockCirculant, rows: Extent, lanes: int) -> list[str]:
+    """The ways to evaluate, the cheapest first: long blocks in small numbers do not repay their transforms."""
+    few = isinstance(rows, int) and rows <= FEW and member.block <= LONGEST_TABLE
+    spectral, module = ("few", circulant_few) if few else ("many", circulant_many)
+    direct_pays = circulant_direct.effort(member.blocks, lanes) <= module.effort(member.blocks, lanes)
+    rest = [mode for mode in ("few", "many") if mode != spectral]
+    return ["direct", spectral, *rest] if direct_pays else [spectral, *rest, "direct"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from tvm import tirx
-
 from tvm_structured.schedules import fft
 from tvm_structured.schedules.emit import Emitter, local, scratch, serial
 from tvm_structured.schedules.epilogue import RowWriter
@@ -70,7 +69,9 @@ class LaneBlocks:
 
         if self.dense_lanes and self.is_contiguous:
             first = group * (e.lanes * self.n)
-            for c, element in enumerate(fft.deinterleave(e, [vector(first + q * e.lanes, inner) for q in range(self.n)])):
+            for c, element in enumerate(
+                fft.deinterleave(e, [vector(first + q * e.lanes, inner) for q in range(self.n)])
+            ):
                 self.set(c, element)
             return
 

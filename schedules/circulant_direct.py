@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from tvm import tirx
-
 from tvm_structured.schedules.base import Config, Extent
 from tvm_structured.schedules.cpu import Cpu
 from tvm_structured.schedules.emit import Emitter, ceildiv, parallel, row_blocks, serial
@@ -21,7 +20,13 @@ from tvm_structured.structures.block_circulant import BlockCirculant
 from tvm_structured.structures.circulant_pattern import Blocks
 
 ROWS_PER_UNIT = 128  # rows of x that a thread keeps in L2 while it walks through a block row
-SERIAL_WORK = 1 << 15  # multiply-adds below which waking the other threads costs more than it brings
+SERIAL_EFFORT = 30_000  # vector operations (about 5 us) below which waking the other threads costs more than it brings
+
+
+def effort(blocks: Blocks, lanes: int) -> float:
+    """Vector operations for one row."""
+    p, columns, n = blocks.factor_shape
+    return p * columns * n * -(-n // lanes)
 
 
 def configs(structure: BlockCirculant, rows: Extent, cpu: Cpu) -> list[Config]:
@@ -52,16 +57,18 @@ class Direct:
     weight: Any
 
     def emit(self) -> None:
-        p, columns, n = self.blocks.factor_shape
+        p, _, n = self.blocks.factor_shape
         self.panel = self.config["nr"] * self.e.lanes
         panels = -(-n // self.panel)
         chunks = ceildiv(self.rows, ROWS_PER_UNIT)
-        is_small = isinstance(self.rows, int) and self.rows * p * columns * n * n < SERIAL_WORK
+        is_small = isinstance(self.rows, int) and self.rows * effort(self.blocks, self.e.lanes) < SERIAL_EFFORT
         with (serial if is_small else parallel)(0, chunks * (p * panels)) as unit:
             first = unit // (p * panels) * ROWS_PER_UNIT
             place = unit % (p * panels)
             count = self.rows if isinstance(chunks, int) and chunks == 1 else tirx.min(ROWS_PER_UNIT, self.rows - first)
-            row_blocks(count, self.config["mr"], lambda row, r: self.block(place // panels, place % panels, row, r), first)
+            row_blocks(
+                count, self.config["mr"], lambda row, r: self.block(place // panels, place % panels, row, r), first
+            )
 
     def block(self, i: Any, panel: Any, row: Any, rows: int) -> None:
         e, n, out, width = self.e, self.blocks.length, self.blocks.shape[0], self.blocks.width

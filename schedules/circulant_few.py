@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 from tvm import tirx
 from tvm.tirx.script.builder import ir as I
-
-from tvm_structured.schedules.base import Config
+from tvm_structured.schedules.base import Config, Extent
 from tvm_structured.schedules.cpu import Cpu
 from tvm_structured.schedules.emit import Emitter, parallel, row_blocks, scratch, serial, when
 from tvm_structured.schedules.epilogue import RowWriter
@@ -22,20 +21,30 @@ from tvm_structured.schedules.gemm import multiply_block
 from tvm_structured.structures.block_circulant import BlockCirculant
 from tvm_structured.structures.circulant_pattern import Blocks
 
-SERIAL_WORK = 1 << 15  # multiply-adds below which waking the other threads costs more than it brings
+SERIAL_EFFORT = 30_000  # vector operations (about 5 us) below which waking the other threads costs more than it brings
+MOST_ROWS = 4  # their sums still fit the registers
 TABLE_BLOCKS = 4  # blocks that are transformed at once
 
 
-def configs(structure: BlockCirculant, rows: int, cpu: Cpu) -> list[Config]:
-    """`ni` vectors of block rows at once: wide streams, unless padding or idle threads cost more."""
+def configs(structure: BlockCirculant, rows: Extent, cpu: Cpu) -> list[Config]:
+    """`ni` vectors of block rows at once: wide streams, unless padding or idle threads cost more. None for more than MOST_ROWS."""
+    if not isinstance(rows, int) or rows > MOST_ROWS:
+        return []
     vectors = -(-structure.c.shape[0] // cpu.lanes)
     largest = max(1, cpu.registers // (8 * rows))
 
-    def effort(ni: int) -> float:
-        turns = -(--(-vectors // ni) // cpu.cores)
-        return turns * ni + 0.1 / ni
+    def time(ni: int) -> float:
+        groups = -(-vectors // ni)
+        return -(-groups // cpu.cores) * ni + 0.1 / ni
 
-    return [{"mode": "few", "ni": ni} for ni in sorted((n for n in (4, 2, 1) if n <= largest), key=effort)]
+    return [{"mode": "few", "ni": ni} for ni in sorted((n for n in (4, 2, 1) if n <= largest), key=time)]
+
+
+def effort(blocks: Blocks, lanes: int) -> float:
+    """Vector operations for one row."""
+    p, columns, n = blocks.factor_shape
+    half, tall, wide = half_length(n), -(-p // lanes), -(-n // lanes)
+    return columns * n * wide + 4 * half * columns * tall + 2 * half * p * wide
 
 
 def half_length(n: int) -> int:
@@ -110,8 +119,8 @@ class FewRows:
         self.half = half_length(self.n)
         self.width = self.config["ni"] * self.e.lanes
         self.groups = -(-p // self.width)
-        work = self.rows * self.columns * self.half * 4 * self.groups * self.width
-        self.workers = min(self.groups, self.e.cpu.cores) if work > SERIAL_WORK else 1
+        is_small = self.rows * effort(self.blocks, self.e.lanes) < SERIAL_EFFORT
+        self.workers = 1 if is_small else min(self.groups, self.e.cpu.cores)
 
     def emit(self) -> None:
         loop = parallel if self.workers > 1 else serial

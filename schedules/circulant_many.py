@@ -7,13 +7,14 @@ re + im of every other frequency. Lanes are blocks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from tvm import tirx
-
+from tvm.tirx.script.builder import ir as I
 from tvm_structured.schedules import fft
 from tvm_structured.schedules.base import Config, Extent
 from tvm_structured.schedules.circulant_blocks import LaneBlocks
@@ -25,20 +26,32 @@ from tvm_structured.structures.block_circulant import BlockCirculant
 from tvm_structured.structures.circulant_pattern import Blocks
 
 STRIDE_PADDING = 80  # floats between components: a power-of-two stride would map them all to the same cache sets
-CHUNK_BYTES = 512 * 1024  # of x's spectrum per component, about what stays in L2 beside a panel of the weight
-SERIAL_WORK = 1 << 15  # multiply-adds below which waking the other threads costs more than it brings
+CHUNK_BYTES = 2 << 20  # of both spectra: what two cores keep in L2
+SERIAL_EFFORT = 60_000  # vector operations (about 10 us) below which three parallel regions cost more than they bring
 
 
-def configs(structure: BlockCirculant, cpu: Cpu) -> list[Config]:
-    """Register blocks mr x nr, the best guess first: few padded lanes, then few loads per multiply-add."""
+def configs(structure: BlockCirculant, rows: Extent, cpu: Cpu) -> list[Config]:
+    """Register blocks mr x nr, the best guess first: few padded lanes, then what was fastest."""
     vectors = -(-structure.c.shape[0] // cpu.lanes)
-    options = ((8, 2), (6, 4), (8, 3), (14, 1)) if cpu.registers >= 32 else ((4, 2), (3, 3), (6, 1))
+    # (mr, nr) -> how much slower than the best one for equal work, as measured
+    options = (
+        {(8, 2): 1.0, (6, 4): 1.04, (8, 3): 1.06, (14, 1): 1.15} if cpu.registers >= 32 else {(4, 2): 1.0, (6, 1): 1.1}
+    )
+    if isinstance(rows, int) and rows <= 6 and cpu.registers >= 32:
+        options[6, 4] = 0.95
 
-    def effort(option: tuple[int, int]) -> float:
-        mr, nr = option
-        return -(-vectors // nr) * nr * (1 + 0.25 * (1 / mr + 1 / nr))
+    def time(option: tuple[int, int]) -> float:
+        return -(-vectors // option[1]) * option[1] * options[option]
 
-    return [{"mode": "many", "mr": mr, "nr": nr, "prefetch": 64} for mr, nr in sorted(options, key=effort)]
+    return [{"mode": "many", "mr": mr, "nr": nr, "prefetch": 64} for mr, nr in sorted(options, key=time)]
+
+
+def effort(blocks: Blocks, lanes: int) -> float:
+    """Vector operations for one row; a straight-line transform takes 2.5 times as long as its count, for it spills."""
+    p, columns, n = blocks.factor_shape
+    transform = 2.5 * n * (1.5 * math.log2(n) + 4) if fft.is_straight(n) else n * (n / 2 + 8)
+    groups, tall = -(-columns // lanes), -(-p // lanes)
+    return (groups + tall) * transform + components(n) * columns * tall
 
 
 def components(n: int) -> int:
@@ -64,6 +77,13 @@ def pack(structure: BlockCirculant, cpu: Cpu, config: Config) -> dict[str, np.nd
     return {"weight": np.ascontiguousarray(weight), **tables}
 
 
+def padded_scratch(parts: int, size: int) -> Any:
+    """(parts, size) and the padding; CompactBufferAllocation would drop that if nothing used its end."""
+    buffer = scratch((parts, size + STRIDE_PADDING))
+    I.buffer_store(buffer, I.float32(0), [parts - 1, size + STRIDE_PADDING - 1])
+    return buffer
+
+
 @dataclass
 class ManyRows:
     """The three stages over chunks of rows, so that scratch stays small for any number of them."""
@@ -83,16 +103,23 @@ class ManyRows:
         self.in_groups, self.out_groups = -(-columns // lanes), -(-p // lanes)
         self.width = self.config["nr"] * lanes
         self.panels = -(-p // self.width)
-        chunk = max(4 * self.config["mr"], min(256, CHUNK_BYTES // (4 * columns)))
-        self.chunk = min(self.rows, chunk) if isinstance(self.rows, int) else chunk
         self.x_stride, self.y_stride = self.in_groups * lanes, self.panels * self.width
-        work = components(n) * p * columns
-        self.threaded = not isinstance(self.rows, int) or self.rows * work > SERIAL_WORK
+        self.chunk = self.chunk_rows()
+        self.threaded = not isinstance(self.rows, int) or self.rows * effort(self.blocks, lanes) > SERIAL_EFFORT
+
+    def chunk_rows(self) -> int:
+        """Rows whose spectra stay in the caches, in pieces of equal size."""
+        mr = self.config["mr"]
+        row_bytes = 4 * components(self.n) * (self.x_stride + self.y_stride)
+        rows = max(4 * mr, min(256, CHUNK_BYTES // row_bytes))
+        if isinstance(self.rows, int):
+            rows = -(-self.rows // -(-self.rows // rows))
+        return rows if isinstance(self.rows, int) and rows == self.rows else -(-rows // mr) * mr
 
     def emit(self) -> None:
         parts = components(self.n)
-        self.spectra = scratch((parts, self.chunk * self.x_stride + STRIDE_PADDING))
-        self.products = scratch((parts, self.chunk * self.y_stride + STRIDE_PADDING))
+        self.spectra = padded_scratch(parts, self.chunk * self.x_stride)
+        self.products = padded_scratch(parts, self.chunk * self.y_stride)
         if isinstance(self.rows, int) and self.rows == self.chunk:
             self.stages(0, self.rows)
             return

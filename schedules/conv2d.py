@@ -14,9 +14,12 @@ import numpy as np
 from tvm_structured.schedules import conv_channels, conv_pixels, depthwise
 from tvm_structured.schedules.base import Config, Kernel, Site
 from tvm_structured.schedules.conv_cost import ranked_configs
+from tvm_structured.schedules.conv_units import pack_blocks, packed_shape
 from tvm_structured.schedules.emit import Emitter, arg, prim_func
 from tvm_structured.schedules.images import ImageShape, ImageWriter, view
 from tvm_structured.structures.base import Structure
+
+EMIT = {"pixels": conv_pixels.emit, "channels": conv_channels.emit, "depthwise": depthwise.emit}
 
 
 class Conv2dKernel(Kernel):
@@ -33,22 +36,27 @@ class Conv2dKernel(Kernel):
         yield from ranked_configs(shape.joined(), site.cpu)
 
     def pack(self, structure: Structure, site: Site, config: Config) -> dict[str, np.ndarray]:
-        shape = ImageShape.of(site).joined()
+        shape = ImageShape.of(site)
         matrix = np.asarray(structure.dense())
-        match config["form"]:
-            case "depthwise":
-                return {"weight": depthwise.pack(matrix, shape)}
-            case "channels":
-                return {"weight": conv_channels.pack(matrix, shape, config, site.cpu.lanes)}
-        return {"weight": conv_pixels.pack(matrix, shape, config)}
+        if config["form"] == "depthwise":
+            return {"weight": depthwise.pack(matrix, shape)}
+        return {"weight": pack_blocks(matrix, shape, block_size(site, config), config["form"] == "pixels")}
 
     def prim_func(self, structure: Structure, site: Site, config: Config) -> Any:
         shape, e = ImageShape.of(site).joined(), Emitter(site.cpu)
-        emit = {"depthwise": depthwise.emit, "channels": conv_channels.emit, "pixels": conv_pixels.emit}[config["form"]]
+        if config["form"] == "depthwise":
+            packed: tuple[int, ...] = (shape.groups, shape.outs, shape.taps)
+        else:
+            packed = packed_shape(shape, block_size(site, config))
         with prim_func(self.name) as made:
             x = arg("x", site.x_shape)
-            weight = arg("weight", self.pack(structure, site, config)["weight"].shape)
+            weight = arg("weight", packed)
             writer = ImageWriter(e, site.epilogue, site.y_shape)
             flat = view(x, (shape.batch, shape.groups * shape.channels, shape.image[0] * shape.image[1]))
-            emit(e, shape, config, flat, weight, writer)
+            EMIT[config["form"]](e, shape, config, flat, weight, writer)
         return made.func
+
+
+def block_size(site: Site, config: Config) -> int:
+    """Output channels that are computed together."""
+    return config["mr"] if config["form"] == "pixels" else config["nr"] * site.cpu.lanes

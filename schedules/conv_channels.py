@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from tvm import tirx
 
 from tvm_structured.schedules.base import Config
-from tvm_structured.schedules.conv_units import Term, Units, each_tap_first, pack_blocks
+from tvm_structured.schedules.conv_units import Term, Units, each_tap_first
 from tvm_structured.schedules.cpu import Cpu
 from tvm_structured.schedules.emit import Emitter, local, parallel, scratch, serial
 from tvm_structured.schedules.images import ImageShape, ImageWriter, PaddedCopy, transpose
@@ -38,11 +37,6 @@ def padded_copy(shape: ImageShape, rows: int) -> PaddedCopy:
     reach = [(k - 1) * d + 1 for k, d in zip(shape.kernel, shape.dilation, strict=True)]
     pitch = (shape.output[1] - 1) * shape.stride[1] + reach[1]
     return PaddedCopy(shape, (rows - 1) * shape.stride[0] + reach[0], pitch, ((0, 0),), (1, 1))
-
-
-def pack(matrix: np.ndarray, shape: ImageShape, config: Config, lanes: int) -> np.ndarray:
-    """(groups, blocks, depth, nr * lanes)."""
-    return pack_blocks(matrix, shape, config["nr"] * lanes, channel_first=False)
 
 
 def emit(e: Emitter, shape: ImageShape, config: Config, x: Any, weight: Any, writer: ImageWriter) -> None:

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from tvm import tirx
 
 from tvm_structured.schedules.base import Config
-from tvm_structured.schedules.conv_units import Term, Units, each_term, pack_blocks
+from tvm_structured.schedules.conv_units import Term, Units, each_term
 from tvm_structured.schedules.cpu import Cpu
 from tvm_structured.schedules.emit import Emitter, parallel, scratch, serial
 from tvm_structured.schedules.images import ImageShape, ImageWriter, PaddedCopy, lane_blocks
@@ -44,11 +43,6 @@ def positions(shape: ImageShape, rows: int) -> int:
 def is_direct(shape: ImageShape, config: Config, lanes: int) -> bool:
     """Whether the image is read where it is: pointwise, and a strip at least as long as a block."""
     return shape.is_pointwise and config["rows"] * shape.output[1] >= config["nr"] * lanes
-
-
-def pack(matrix: np.ndarray, shape: ImageShape, config: Config) -> np.ndarray:
-    """(groups, blocks, depth, mr)."""
-    return pack_blocks(matrix, shape, config["mr"], channel_first=True)
 
 
 def emit(e: Emitter, shape: ImageShape, config: Config, x: Any, weight: Any, writer: ImageWriter) -> None:

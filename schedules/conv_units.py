@@ -63,17 +63,22 @@ class Units:
         return size if self.shape.outs % self.block == 0 else tirx.max(tirx.min(size, self.shape.outs - first), 0)
 
 
+def packed_shape(shape: ImageShape, size: int) -> tuple[int, int, int, int]:
+    """Of `pack_blocks`: (groups, blocks, depth, size)."""
+    return shape.groups, -(-shape.outs // size), shape.depth, size
+
+
 def pack_blocks(matrix: np.ndarray, shape: ImageShape, size: int, channel_first: bool) -> np.ndarray:
     """(groups * outs, kh * kw * channels), channel fastest -> (groups, blocks, depth, size).
 
     depth = (channel, tap) where `channel_first`, else (tap, channel).
     """
-    count = -(-shape.outs // size)
-    weight = matrix.reshape(shape.groups, shape.outs, shape.taps, shape.channels)
+    groups, count, depth, size = packed_shape(shape, size)
+    weight = matrix.reshape(groups, shape.outs, shape.taps, shape.channels)
     weight = weight.swapaxes(2, 3) if channel_first else weight
-    padded = np.zeros((shape.groups, count * size, shape.depth), np.float32)
-    padded[:, : shape.outs] = weight.reshape(shape.groups, shape.outs, shape.depth)
-    return np.ascontiguousarray(padded.reshape(shape.groups, count, size, shape.depth).transpose(0, 1, 3, 2))
+    padded = np.zeros((groups, count * size, depth), np.float32)
+    padded[:, : shape.outs] = weight.reshape(groups, shape.outs, depth)
+    return np.ascontiguousarray(padded.reshape(groups, count, size, depth).transpose(0, 1, 3, 2))
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ def gemm(e: Emitter, x: Any, weight: Any, writer: RowWriter, rows: Extent, inner
     masked = writer.out % width != 0
     ahead = config.get("prefetch", 0)
     chunks = ceildiv(rows, ROWS_PER_UNIT)
+    loop = parallel if config.get("threads", 2) > 1 else serial
 
     def column_block(panel: Any, first_row: Any, count: Extent) -> None:
         def piece(first_k: Any, depth: Extent, is_first: Any, is_last: Any) -> None:
@@ -98,9 +99,9 @@ def gemm(e: Emitter, x: Any, weight: Any, writer: RowWriter, rows: Extent, inner
             e.store(writer.y, value, row, feature)
 
     if isinstance(chunks, int) and chunks == 1:
-        with parallel(0, panels) as panel:
+        with loop(0, panels) as panel:
             column_block(panel, 0, rows)
         return
-    with parallel(0, panels * chunks) as unit:
+    with loop(0, panels * chunks) as unit:
         first = unit // panels * ROWS_PER_UNIT
         column_block(unit % panels, first, tirx.min(ROWS_PER_UNIT, rows - first))

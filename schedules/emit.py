@@ -42,6 +42,15 @@ def prim_func(name: str) -> Iterator[EmittedFunc]:
     made.func = builder.get().without_attr("global_symbol")
 
 
+@contextmanager
+def root_block() -> Iterator[None]:
+    """The body of a function with one input: Relax looks for a reshape in those, and insists on a block."""
+    with I.sblock("root"):
+        I.reads([])
+        I.writes([])
+        yield
+
+
 def i64(extent: Extent) -> Any:
     """Relax shapes are int64; an int32 extent breaks FuseTIR."""
     return tirx.IntImm("int64", extent) if isinstance(extent, int) else extent
@@ -123,9 +132,17 @@ def row_blocks(rows: Extent, block: int, body: Callable[[Any, int], None], start
             body(start + full * block, rest)
         return
     with serial(0, rows // block) as i:
-        body(start + i * block, block)
+        body(held(start + i * block), block)
     with serial(0, rows % block) as i:
-        body(start + rows // block * block + i, 1)
+        body(held(start + rows // block * block + i), 1)
+
+
+def held(index: Any) -> Any:
+    """An index behind a stack slot. TVM's simplifier goes through each use of an index with symbolic extents,
+    also when it is bound to a variable, and takes seconds; it does not look into a load."""
+    slot = I.alloc_buffer((1,), "int64")
+    I.buffer_store(slot, tirx.Cast("int64", index), [0])
+    return slot[0]
 
 
 class Emitter:

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
-
 from tvm_structured.schedules.emit import Emitter, scratch, serial
 from tvm_structured.schedules.gemm import multiply_block
 
 Pair = tuple[Any, Any]  # (re, im or None)
-LARGEST_STRAIGHT = 64  # up to here transforms are straight-line code, beyond matrix products
+LONGEST_STRAIGHT = 128  # beyond, transforms are matrix products: straight-line code takes seconds to compile
+SHORT_CODE = 400  # vector operations
 DIRECT_ROWS = 8  # frequencies of a matrix-product transform that are computed at once
 
 
@@ -26,12 +27,32 @@ def smallest_factor(n: int) -> int:
     return next((f for f in range(2, math.isqrt(n) + 1) if n % f == 0), n)
 
 
+class Counter:
+    """Stands in for an Emitter to count the operations of a transform; vectors are plain numbers."""
+
+    def __init__(self) -> None:
+        self.operations = 0
+
+    def splat(self, value: float) -> float:
+        return value
+
+    def bind(self, value: float) -> float:
+        self.operations += 1
+        return value
+
+
+@cache
 def is_straight(n: int) -> bool:
-    """Whether transforms of that length are emitted as straight-line code."""
-    return n <= LARGEST_STRAIGHT
+    """Whether transforms of that length are straight-line code: where this is short, or moderate and much less work
+    than two matrix products (long lengths with large prime factors are not)."""
+    if n > LONGEST_STRAIGHT:
+        return False
+    counter = Counter()
+    real_fft(counter, [0.0] * n)
+    return counter.operations < SHORT_CODE or counter.operations < (n // 2 + 1) ** 2
 
 
-def real_fft(e: Emitter, x: Sequence[Any]) -> list[Pair]:
+def real_fft(e: Any, x: Sequence[Any]) -> list[Pair]:
     """Mixed-radix decimation in time (Cooley and Tukey 1965) that keeps to the first half of every spectrum."""
     n = len(x)
     if n == 1:
@@ -50,7 +71,7 @@ def real_fft(e: Emitter, x: Sequence[Any]) -> list[Pair]:
     return spectrum
 
 
-def small_dft(e: Emitter, x: Sequence[Pair]) -> Callable[[int, bool], Pair]:
+def small_dft(e: Any, x: Sequence[Pair]) -> Callable[[int, bool], Pair]:
     """(j, conjugate) -> output j of the transform of a few complex (or real) numbers, or its conjugate.
 
     With s_r = x_r + x_(f-r) and d_r = x_r - x_(f-r) output j is A - iB and output f - j is A + iB, where
@@ -148,26 +169,26 @@ def root(n: int, k: int) -> complex:
     return complex(round(math.cos(angle), 15), round(math.sin(angle), 15))
 
 
-def add(e: Emitter, a: Any, b: Any) -> Any:
+def add(e: Any, a: Any, b: Any) -> Any:
     if a is None or b is None:
         return b if a is None else a
     return e.bind(a + b)
 
 
-def sub(e: Emitter, a: Any, b: Any) -> Any:
+def sub(e: Any, a: Any, b: Any) -> Any:
     if b is None:
         return a
     return e.bind(e.splat(0.0) - b if a is None else a - b)
 
 
-def scaled(e: Emitter, a: Any, factor: float) -> Any:
+def scaled(e: Any, a: Any, factor: float) -> Any:
     """factor * a, not yet bound; None for zero."""
     if a is None or factor == 0:
         return None
     return a if factor == 1 else a * e.splat(factor)
 
 
-def weighted(e: Emitter, values: Sequence[Any], weights: Sequence[float]) -> Any:
+def weighted(e: Any, values: Sequence[Any], weights: Sequence[float]) -> Any:
     """sum of weight * value; None if nothing is left."""
     total = None
     for value, weight in zip(values, weights, strict=True):
@@ -179,7 +200,7 @@ def weighted(e: Emitter, values: Sequence[Any], weights: Sequence[float]) -> Any
     return total
 
 
-def times_constant(e: Emitter, a: Pair, w: complex) -> Pair:
+def times_constant(e: Any, a: Pair, w: complex) -> Pair:
     """The complex product of a pair and a number."""
     if w == 1:
         return a

@@ -113,8 +113,10 @@ class ImageWriter:
         self.emitter, self.epilogue = emitter, epilogue
         self.scale = arg("scale", (out,)) if epilogue.scale else None
         self.bias = arg("bias", (out,)) if epilogue.bias else None
-        self.residual = view(arg("residual", shape), flat) if epilogue.residual else None
-        self.y = view(arg("y", shape), flat)
+        residual = arg("residual", shape) if epilogue.residual else None
+        y = arg("y", shape)  # parameters come first, a view ends their list
+        self.residual = None if residual is None else view(residual, flat)
+        self.y = view(y, flat)
 
     def store(self, value: Any, image: Any, channel: Any, pixel: Any, mask: Any = None) -> None:
         """act(scale * value + bias + residual) for `lanes` pixels, or those under the mask."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,33 +27,64 @@ def apply(func: Any, target: Any) -> Any | None:
 def schedule_injective(nest: Nest, cpu: Cpu) -> None:
     """Threads over the outer loops, vectors along the innermost."""
     loops = collapse(nest, nest.loops)
-    if not loops:
+    go_parallel = nest.work >= PARALLEL_WORK and cpu.cores > 1
+    across = transposed_loop(loops, cpu)
+    if across is not None:
+        schedule_transpose(nest, loops, across, cpu, go_parallel)
         return
-    outer, inner = loops[:-1], loops[-1]
-    if product(loop.size for loop in loops) >= PARALLEL_WORK and cpu.cores > 1:
-        if product(loop.size for loop in outer) >= cpu.cores:
-            outer = run_parallel(nest, outer, cpu)
+    if loops and go_parallel:
+        if product(loop.size for loop in loops[:-1]) >= cpu.cores:
+            loops = run_parallel(nest, loops, cpu)
         else:
-            chunk, rest = tile(nest.sch, inner.rv, CHUNK)
+            chunk, rest = tile(nest.sch, loops[-1].rv, CHUNK)
             nest.sch.parallel(chunk)
-            inner = replace(inner, rv=rest, extent=CHUNK)
-    partition(nest.sch, *(loop.rv for loop in outer if loop.branches))
-    vectorize(nest, inner, cpu)
+            loops[-1] = replace(loops[-1], rv=rest, extent=CHUNK)
+    schedule_inner(nest, loops, cpu)
 
 
-def run_parallel(nest: Nest, outer: list[Loop], cpu: Cpu) -> list[Loop]:
-    """Threads over as few of the outermost loops as keep them all busy. The loops that can still be cut."""
+def run_parallel(nest: Nest, loops: Sequence[Loop], cpu: Cpu) -> list[Loop]:
+    """Threads over as few of the outermost loops as keep them all busy. The loops that are left to schedule."""
     taken = 1
-    while taken < len(outer) and product(loop.size for loop in outer[:taken]) < 4 * cpu.cores:
+    while taken < len(loops) - 1 and product(loop.size for loop in loops[:taken]) < 4 * cpu.cores:
         taken += 1
-    nest.sch.parallel(nest.sch.fuse(*(loop.rv for loop in outer[:taken])) if taken > 1 else outer[0].rv)
-    return outer if taken == 1 else outer[taken:]
+    nest.sch.parallel(nest.sch.fuse(*(loop.rv for loop in loops[:taken])) if taken > 1 else loops[0].rv)
+    if taken == 1 and loops[0].branches:
+        partition(nest.sch, loops[0].rv)
+    return list(loops[taken:])
 
 
-def vectorize(nest: Nest, inner: Loop, cpu: Cpu) -> None:
+def schedule_inner(nest: Nest, loops: Sequence[Loop], cpu: Cpu) -> None:
     """Explicit vectors where every access is one vector or one number; otherwise LLVM decides."""
-    if inner.branches:
-        partition(nest.sch, inner.rv)
-    elif all(stride in (0, 1) for stride in inner.strides) and inner.size >= 4:
+    partition(nest.sch, *(loop.rv for loop in loops if loop.branches))
+    if not loops or loops[-1].branches:
+        return
+    inner = loops[-1]
+    if all(stride in (0, 1) for stride in inner.strides) and inner.size >= 4:
         _, lanes = tile(nest.sch, inner.rv, min(cpu.lanes, 1 << (inner.size.bit_length() - 1)))
         nest.sch.vectorize(lanes)
+
+
+def transposed_loop(loops: Sequence[Loop], cpu: Cpu) -> Loop | None:
+    """The loop along which a load is contiguous while the store is contiguous along the innermost."""
+    if not loops or loops[-1].strides[0] != 1 or min(loop.size for loop in loops[-1:]) < cpu.lanes:
+        return None
+    for loop in loops[:-1]:
+        steps = zip(loop.strides[1:], loops[-1].strides[1:], strict=True)
+        if any(along == 1 and across not in (0, 1) for along, across in steps) and loop.size >= cpu.lanes:
+            return None if loop.branches or loops[-1].branches else loop
+    return None
+
+
+def schedule_transpose(nest: Nest, loops: Sequence[Loop], across: Loop, cpu: Cpu, go_parallel: bool) -> None:
+    """Squares of lanes x lanes elements, so that each cache line is read once."""
+    sch = nest.sch
+    others = [loop for loop in loops[:-1] if loop is not across]
+    rows, row = tile(sch, across.rv, cpu.lanes)
+    columns, lanes = tile(sch, loops[-1].rv, cpu.lanes)
+    sch.reorder(*(loop.rv for loop in others), rows, columns, row, lanes)
+    sch.vectorize(lanes)
+    if go_parallel:
+        if product(loop.size for loop in others) >= 4 * cpu.cores:
+            sch.parallel(sch.fuse(*(loop.rv for loop in others)) if len(others) > 1 else others[0].rv)
+        else:
+            sch.parallel(rows)

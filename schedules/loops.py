@@ -32,7 +32,8 @@ def tile(sch: Any, loop: Any, factor: int) -> tuple[Any, Any]:
 def partition(sch: Any, *loops: Any) -> None:
     """Mark loops to be cut where a condition of their body changes."""
     for loop in loops:
-        sch.annotate(loop, PARTITION, 1)
+        if PARTITION not in sch.get(loop).annotations:
+            sch.annotate(loop, PARTITION, 1)
 
 
 def lower_loops(func: Any) -> Any:
@@ -42,7 +43,7 @@ def lower_loops(func: Any) -> Any:
     longer finds the marks of 64-bit loops (TVM 0.27).
     """
     passes = s_tir.transform
-    lowered = Sequential(
+    lower = Sequential(
         [
             passes.LowerInitBlock(),
             passes.PlanAndUpdateBufferAllocationLocation(),
@@ -55,12 +56,19 @@ def lower_loops(func: Any) -> Any:
             passes.StmtSimplify(),
             tirx.transform.RemoveNoOp(),
         ]
-    )(IRModule({"main": func}))["main"]
-    return lowered.with_body(tvm_ffi.structural_map(lowered.body, (tirx.For, whole_vectors)))
+    )
+    lowered = lower(IRModule({"main": func}))["main"]
+    whole = lowered.with_body(tvm_ffi.structural_map(lowered.body, (tirx.For, whole_vectors)))
+    # The pieces repeat names which their bodies bind
+    finish = Sequential([tirx.transform.ConvertSSA(), passes.StmtSimplify()])
+    return finish(IRModule({"main": whole}))["main"]
 
 
 def whole_vectors(loop: Any) -> Any:
-    """A vector loop of 13 --> vector loops of 8, 4 and 1: LLVM is slow with other sizes than powers of two."""
+    """A vector loop of 13 --> vector loops of 8 and 4, and one iteration.
+
+    LLVM keeps vectors of other sizes than powers of two in memory.
+    """
     if loop.kind != tirx.ForKind.VECTORIZED or not isinstance(loop.extent, tirx.IntImm):
         return loop
     rest, start, pieces = int(loop.extent), 0, []
@@ -73,11 +81,10 @@ def whole_vectors(loop: Any) -> Any:
 
 def piece_of(loop: Any, start: int, size: int) -> Any:
     """Iterations start ... start + size - 1 of a vector loop."""
-    dtype = loop.loop_var.ty
-    variable = tirx.Var(loop.loop_var.name, dtype)
+    first = tirx.const(start, "int64")
+    variable = tirx.Var(loop.loop_var.name, "int64")
+    index = first if size == 1 else variable + first
     body = tvm_ffi.structural_map(
-        loop.body,
-        (tirx.Var, lambda each: variable + tirx.const(start, "int64") if each.same_as(loop.loop_var) else each),
+        loop.body, (tirx.Var, lambda each: index if each.same_as(loop.loop_var) else each)
     )
-    kind = tirx.ForKind.VECTORIZED if size > 1 else tirx.ForKind.SERIAL
-    return tirx.For(variable, loop.min, tirx.const(size, "int64"), kind, body)
+    return body if size == 1 else tirx.For(variable, loop.min, tirx.const(size, "int64"), loop.kind, body)

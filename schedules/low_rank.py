@@ -15,15 +15,27 @@ from tvm_structured.schedules.gemm import pack_panels, register_block
 from tvm_structured.structures.base import Structure
 
 
+# starting the other threads twice takes as long as this many operations on one
+FEW_OPERATIONS = 2_000_000
+
+
 class LowRankKernel(Kernel):
     """Two packed GEMMs in one kernel."""
 
     name = "low_rank"
 
     def configs(self, structure: Structure, site: Site) -> Iterator[Config]:
+        rank, (out, _) = structure.factors["v"].shape[0], structure.shape
         few = isinstance(site.rows, int) and site.rows <= 16
-        thin, wide = (register_block(site.cpu, site.rows, n) for n in (structure.factors["v"].shape[0], structure.shape[0]))
-        yield {"thin": thin, "wide": wide, "kc": 1 << 20 if site.rows == 1 else 256 if few else 512, "prefetch": 128}
+        is_tiny = isinstance(site.rows, int) and structure.flops(site.rows) < FEW_OPERATIONS
+        thin, wide = (register_block(site.cpu, site.rows, n) for n in (rank, out))
+        yield {
+            "thin": thin,
+            "wide": wide,
+            "kc": 1 << 20 if site.rows == 1 else 256 if few else 512,
+            "prefetch": 128,
+            "threads": 1 if is_tiny else site.cpu.cores,
+        }
 
     def pack(self, structure: Structure, site: Site, config: Config) -> dict[str, np.ndarray]:
         u, v = structure.factors["u"], structure.factors["v"]

@@ -13,9 +13,12 @@ from typing import Any
 import tvm_ffi
 from tvm import ir, s_tir, sym, tirx
 from tvm.s_tir.dlight.analysis import get_root_block, normalize_prim_func
+from tvm.s_tir.dlight.analysis.common_analysis import get_sblockrealize
 
+Predicate = tuple[Any, list[Any]]  # condition over loop variables, iteration variables' values
 Stride = Any  # int, an expression of symbolic extents, or None where the address is not linear
 
+DATA_PARALLEL, REDUCTION = tirx.IterVar.DataPar, tirx.IterVar.CommReduce
 EXPENSIVE = ("exp", "erf", "tanh", "sigmoid", "log", "pow", "sqrt", "rsqrt", "sin", "cos", "if_then_else")
 
 
@@ -42,6 +45,7 @@ class Nest:
     sch: Any
     block: Any
     loops: tuple[Loop, ...]
+    buffers: tuple[Any, ...]  # what the accesses access
     num_stores: int
 
     @property
@@ -51,6 +55,11 @@ class Nest:
     @property
     def reduced(self) -> tuple[Loop, ...]:
         return tuple(loop for loop in self.loops if loop.is_reduction)
+
+    @property
+    def taps(self) -> int:
+        """Elements that are reduced to one."""
+        return product(loop.size for loop in self.reduced)
 
     @property
     def work(self) -> int:
@@ -77,8 +86,20 @@ def open_schedule(func: Any) -> tuple[Any, list[Nest]] | None:
     infos = normalize_prim_func(sch)
     if not infos:
         return None
-    nests = [nest_of(sch, info.block_rv) for info in infos]
-    return None if any(nest is None for nest in nests) else (sch, [nest for nest in nests if nest is not None])
+    nests = []
+    for info in infos:
+        nest = nest_of(sch, info.block_rv)
+        nest = nest and split_digits(sch, nest)
+        if nest is None:
+            return None
+        nests.append(nest)
+    return sch, nests
+
+
+def depth_of(sch: Any, block: Any, loop: Any) -> int:
+    """How many loops there are around the body of a loop that contains the block."""
+    variable = sch.get(loop).loop_var
+    return next(depth for depth, each in enumerate(sch.get_loops(block), 1) if sch.get(each).loop_var.same_as(variable))
 
 
 # -- producers ------------------------------------------------------------------------------------------
@@ -119,7 +140,7 @@ def is_worth_inlining(sch: Any, block: Any) -> bool:
 
 
 def reduces(stmt: Any) -> bool:
-    return any(iteration.iter_type == tirx.IterVar.CommReduce for iteration in stmt.iter_vars)
+    return any(iteration.iter_type == REDUCTION for iteration in stmt.iter_vars)
 
 
 def repeats(producer: Any, consumer: Any) -> bool:
@@ -135,30 +156,127 @@ def size_of(extent: Any) -> int:
 # -- strides --------------------------------------------------------------------------------------------
 
 
-def nest_of(sch: Any, block: Any) -> Nest | None:
-    """The nest of a block in normal form, else None."""
-    stmt, loops = sch.get(block), sch.get_loops(block)
-    kinds = [iteration.iter_type for iteration in stmt.iter_vars]
-    if len(loops) != len(kinds) or any(k not in (tirx.IterVar.DataPar, tirx.IterVar.CommReduce) for k in kinds):
-        return None
+def nest_of(sch: Any, block: Any, skip: int = 0) -> Nest | None:
+    """The nest of a block, its `skip` outermost loops and loops of one iteration left out.
+
+    None where a loop drives both spatial and reduced iteration variables, or neither.
+    """
+    realize, rvs = get_sblockrealize(sch, block), sch.get_loops(block)
+    stmt, values = realize.block, list(realize.iter_values)
     stores, loads = accesses(stmt)
-    strides = [strides_of(buffer, indices, stmt.iter_vars) for buffer, indices in stores + loads]
-    conditions = branch_conditions(stmt.body)
-    return Nest(
-        sch,
-        block,
-        tuple(
+    in_loops = Substitution(sch, rvs, stmt, values)
+    addresses = [in_loops.address(buffer, indices) for buffer, indices in stores + loads]
+    conditions = [in_loops.expression(condition) for condition in branch_conditions(stmt.body)]
+    loops = []
+    for rv in rvs[skip:]:
+        loop = sch.get(rv)
+        if extent_of(loop.extent) == 1:
+            continue
+        kinds = {i.iter_type for i, v in zip(stmt.iter_vars, values, strict=True) if uses(v, [loop.loop_var])}
+        if kinds not in ({DATA_PARALLEL}, {REDUCTION}):
+            return None
+        loops.append(
             Loop(
-                loop,
-                extent_of(iteration.dom.extent),
-                kind == tirx.IterVar.CommReduce,
-                any(uses(condition, [iteration.var]) for condition in conditions),
-                tuple(access[position] for access in strides),
+                rv,
+                extent_of(loop.extent),
+                REDUCTION in kinds,
+                any(uses(condition, [loop.loop_var]) for condition in conditions),
+                tuple(stride_of(address, loop.loop_var, in_loops.variables) for address in addresses),
             )
-            for position, (loop, iteration, kind) in enumerate(zip(loops, stmt.iter_vars, kinds, strict=True))
-        ),
-        len(stores),
-    )
+        )
+    return Nest(sch, block, tuple(loops), tuple(buffer for buffer, _ in stores + loads), len(stores))
+
+
+class Substitution:
+    """Expressions over iteration variables, rewritten over loop variables and simplified with their ranges."""
+
+    def __init__(self, sch: Any, loops: Sequence[Any], stmt: Any, values: Sequence[Any]) -> None:
+        self.values = list(zip((iteration.var for iteration in stmt.iter_vars), values, strict=True))
+        self.analyzer = sym.Analyzer()
+        self.variables = []
+        for loop in map(sch.get, loops):
+            self.analyzer.bind(loop.loop_var, ir.Range.from_min_extent(loop.min, loop.extent))
+            self.variables.append(loop.loop_var)
+
+    def expression(self, expression: Any) -> Any:
+        def replaced(variable: Any) -> Any:
+            return next((value for each, value in self.values if variable.same_as(each)), variable)
+
+        return self.analyzer.simplify(tvm_ffi.structural_map(expression, (tirx.Var, replaced)))
+
+    def address(self, buffer: Any, indices: Sequence[Any]) -> Any:
+        address = tirx.const(0, "int64")
+        for index, extent in zip(indices, buffer.shape, strict=True):
+            address = address * extent + index
+        return self.expression(address)
+
+
+def stride_of(address: Any, variable: Any, variables: Sequence[Any]) -> Stride:
+    """The coefficient of a loop variable; None where the address is not linear in it."""
+    coefficients = sym.detect_linear_equation(address, [variable])
+    if not coefficients or uses(coefficients[0], variables):
+        return None
+    return extent_of(coefficients[0])
+
+
+def uses(expression: Any, variables: Sequence[Any]) -> bool:
+    found: list[bool] = []
+    tvm_ffi.structural_walk(expression, (tirx.Var, lambda each: found.append(any(each.same_as(v) for v in variables))))
+    return any(found)
+
+
+def split_digits(sch: Any, nest: Nest) -> Nest | None:
+    """Split loops whose variable v is used as v // q and v % q, as groups and reshapes do, so that strides appear."""
+    for loop in nest.loops:
+        if None not in loop.strides or not isinstance(loop.extent, int):
+            continue
+        factors = digit_factors(sch.get(nest.block), sch, loop)
+        if factors:
+            sch.split(loop.rv, factors)
+    return nest_of(sch, nest.block)
+
+
+def digit_factors(stmt: Any, sch: Any, loop: Loop) -> list[int]:
+    """[extent / q_n, q_n / q_n-1, ..., q_1] for the divisors q of a loop's variable, [] if they do not nest."""
+    variable = sch.get(loop.rv).loop_var
+    realize_values = get_sblockrealize(sch, sch.get_sblock(stmt.name_hint)).iter_values
+    own = [i.var for i, v in zip(stmt.iter_vars, realize_values, strict=True) if variable.same_as(v)]
+    divisors: set[int] = set()
+
+    def collect(node: Any) -> None:
+        if isinstance(node.b, tirx.IntImm) and any(node.a.same_as(each) for each in own):
+            divisors.add(int(node.b))
+
+    tvm_ffi.structural_walk(stmt.body, ((tirx.FloorDiv, collect), (tirx.FloorMod, collect)))
+    chain = [1, *sorted(q for q in divisors if 1 < q < loop.extent), loop.extent]
+    pairs = list(zip(chain, chain[1:], strict=False))
+    if len(chain) == 2 or any(larger % smaller for smaller, larger in pairs):
+        return []
+    return [larger // smaller for smaller, larger in reversed(pairs)]
+
+
+def predicate_of(sch: Any, block: Any) -> Predicate | None:
+    """The condition under which a block runs, to be given back after `compute_at`, which loses it (TVM 0.27)."""
+    realize = get_sblockrealize(sch, block)
+    return None if isinstance(realize.predicate, tirx.IntImm) else (realize.predicate, list(realize.iter_values))
+
+
+def restore_predicate(sch: Any, block: Any, predicate: Predicate) -> None:
+    """Last of all: primitives refuse blocks with such a condition."""
+    condition, old_values = predicate
+    realize, innermost = get_sblockrealize(sch, block), sch.get_loops(block)[-1]
+
+    def moved(variable: Any) -> Any:
+        pairs = zip(old_values, realize.iter_values, strict=True)
+        return next((new for old, new in pairs if variable.same_as(old)), variable)
+
+    condition = tvm_ffi.structural_map(condition, (tirx.Var, moved))
+    if not isinstance(realize.predicate, tirx.IntImm):
+        condition = tirx.And(realize.predicate, condition)
+    old = sch.get(innermost)
+    body = s_tir.SBlockRealize(realize.iter_values, condition, realize.block)
+    loop = tirx.For(old.loop_var, old.min, old.extent, old.kind, body, old.thread_binding, old.annotations)
+    sch.state.replace(sch.get_sref(innermost), loop, {})
 
 
 def extent_of(extent: Any) -> Any:

@@ -24,8 +24,8 @@ from tvm_structured.schedules.permuted_diagonal_gemm import MAX_GEMM_BLOCK, emit
 from tvm_structured.schedules.shuffles import interleave
 from tvm_structured.structures.base import Structure
 
-ROWS_PER_UNIT = 32  # rows of x that stay in L2 beside the diagonals of one group of block rows
-GEMM_ROWS = 8  # from here on products beat permutations
+UNITS = (32, 64)  # about so many rows of x stay in L2 beside the diagonals of a group of block rows
+ROWS_PER_UNIT = 32
 
 
 class PermutedDiagonalKernel(Kernel):
@@ -34,18 +34,15 @@ class PermutedDiagonalKernel(Kernel):
     name = "permuted_diagonal"
 
     def configs(self, structure: Structure, site: Site) -> Iterator[Config]:
-        blocks, cpu, rows = DiagonalBlocks.of(structure), site.cpu, site.rows
-        few = isinstance(rows, int) and rows < GEMM_ROWS
+        blocks, cpu = DiagonalBlocks.of(structure), site.cpu
         ways = []
-        if blocks.p <= MAX_GEMM_BLOCK and blocks.separated is not None:
-            ways.append("gemm")
         if permutes(cpu.lanes) is not None and blocks.p <= cpu.lanes:
             ways.append("permute")
         ways.append("slices")
-        if few:
-            ways.sort(key=lambda way: way == "gemm")
         if lanes_used(blocks.rows, cpu.lanes) < 0.7 * lanes_used(blocks.p, cpu.lanes):
-            ways.sort(key=lambda way: way == "permute")
+            ways.reverse()
+        if blocks.p <= MAX_GEMM_BLOCK and blocks.separated is not None:
+            ways.insert(0, "gemm")
         for way in ways:
             yield from SPACES[way](blocks, site)
 
@@ -86,9 +83,10 @@ def permute_space(blocks: DiagonalBlocks, site: Site) -> Iterator[Config]:
         rows = min(most, 8, room // (depth + 1))
         if rows >= 1 and (pieces == 1 or rows > choices[-1]["rows"]):
             choices.append({"way": "permute", "depth": depth, "rows": rows})
-    # a pass over the shifts costs about as much as half a row
-    choices.sort(key=lambda c: -c["rows"] / (c["rows"] + 0.5 + 0.25 * -(-blocks.p // c["depth"])))
-    yield from choices
+    choices.sort(key=lambda c: c["rows"] < min(3, most))  # stable: as few passes over x as three rows allow
+    for unit in UNITS:
+        for choice in choices:
+            yield {**choice, "unit": choice["rows"] * max(1, unit // choice["rows"])}
 
 
 def pack_permute(blocks: DiagonalBlocks, lanes: int, config: Config) -> dict[str, np.ndarray]:
@@ -109,7 +107,13 @@ def pack_permute(blocks: DiagonalBlocks, lanes: int, config: Config) -> dict[str
 
 
 def emit_permute(
-    e: Emitter, blocks: DiagonalBlocks, rows: Extent, x: Any, constants: dict[str, Any], writer: RowWriter, config: Config
+    e: Emitter,
+    blocks: DiagonalBlocks,
+    rows: Extent,
+    x: Any,
+    constants: dict[str, Any],
+    writer: RowWriter,
+    config: Config,
 ) -> None:
     p, lanes, depth = blocks.p, e.lanes, config["depth"]
     q, shifts, table = constants["diagonals"], constants["shifts"], constants.get("columns")
@@ -117,9 +121,11 @@ def emit_permute(
     masked = blocks.out % (p * lanes) != 0
     index_type = f"uint32x{lanes}"
 
+    twice = 2 * p <= lanes  # x blocks repeat along the register, so that c + k < 2p needs no remainder
+
     def wrapped(index: Any) -> Any:
-        """(c + k) mod p. The instruction itself wraps at `lanes`."""
-        if p == lanes:
+        """(c + k) mod p where that is needed. The instruction itself wraps at `lanes`."""
+        if twice or p == lanes:
             return index
         one_turn = I.broadcast(tirx.const(p, "uint32"), lanes)
         return I.min(index, index - one_turn)  # unsigned: below p the difference is huge
@@ -133,7 +139,8 @@ def emit_permute(
             met = []
             for i in range(len(acc)):
                 value = e.load_masked(x, mask, row + i, start) if at_edge else e.load(x, row + i, start)
-                met.append(e.bind(tirx.Select(mask, value, e.splat(0.0)) if at_edge else value))
+                value = e.bind(tirx.Select(mask, value, e.splat(0.0)) if at_edge else value)
+                met.append(e.bind(e.shuffle(value, value, [lane % p for lane in range(lanes)])) if twice else value)
             shift = I.alloc_buffer((1,), index_type)
             e.set(shift, tirx.Cast(index_type, e.load(shifts, group, j, 0)))
             for c in range(count):
@@ -165,9 +172,9 @@ def emit_permute(
             for n, value in enumerate(interleave(e, done[i])):
                 writer.store(value, row + i, (group * p + n) * lanes, masked)
 
-    with parallel(0, groups * ceildiv(rows, ROWS_PER_UNIT)) as unit:
-        first = unit // groups * ROWS_PER_UNIT
-        count = rows if isinstance(rows, int) and rows <= ROWS_PER_UNIT else tirx.min(ROWS_PER_UNIT, rows - first)
+    with parallel(0, groups * ceildiv(rows, config["unit"])) as unit:
+        first = unit // groups * config["unit"]
+        count = rows if isinstance(rows, int) and rows <= config["unit"] else tirx.min(config["unit"], rows - first)
         row_blocks(count, config["rows"], lambda row, n: block(unit % groups, row, n), first)
 
 
@@ -197,7 +204,13 @@ def pack_slices(blocks: DiagonalBlocks, lanes: int, config: Config) -> dict[str,
 
 
 def emit_slices(
-    e: Emitter, blocks: DiagonalBlocks, rows: Extent, x: Any, constants: dict[str, Any], writer: RowWriter, config: Config
+    e: Emitter,
+    blocks: DiagonalBlocks,
+    rows: Extent,
+    x: Any,
+    constants: dict[str, Any],
+    writer: RowWriter,
+    config: Config,
 ) -> None:
     p, lanes, wide = blocks.p, e.lanes, config["vectors"]
     q, shifts, table = constants["diagonals"], constants["shifts"], constants.get("columns")

@@ -52,7 +52,13 @@ def pack_gemm(blocks: DiagonalBlocks, lanes: int, config: Config) -> dict[str, n
 
 
 def emit_gemm(
-    e: Emitter, blocks: DiagonalBlocks, rows: Extent, x: Any, constants: dict[str, Any], writer: RowWriter, config: Config
+    e: Emitter,
+    blocks: DiagonalBlocks,
+    rows: Extent,
+    x: Any,
+    constants: dict[str, Any],
+    writer: RowWriter,
+    config: Config,
 ) -> None:
     columns = blocks.columns + e.lanes + PAD
     xs = scratch((blocks.p, rows, columns))
@@ -100,7 +106,13 @@ def spread_input(e: Emitter, blocks: DiagonalBlocks, rows: Extent, x: Any, shift
 
 
 def multiply_and_gather(
-    e: Emitter, blocks: DiagonalBlocks, rows: Extent, xs: Any, constants: dict[str, Any], writer: RowWriter, config: Config
+    e: Emitter,
+    blocks: DiagonalBlocks,
+    rows: Extent,
+    xs: Any,
+    constants: dict[str, Any],
+    writer: RowWriter,
+    config: Config,
 ) -> None:
     """All p products of one panel of block rows, kept in scratch, then rotated and interleaved into y."""
     p, lanes, (mr, nr) = blocks.p, e.lanes, (config["mr"], config["nr"])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("TVM_NUM_THREADS", "2")
+os.environ["TVM_STRUCTURED_CACHE"] = tempfile.mkdtemp(prefix="tvm-structured-test-")  # costs of tests stay there
 sys.path.insert(0, str(Path(__file__).parent))  # importlib mode leaves it out; kernel_harness is shared
 
-import pytest  # noqa: E402
+import pytest
 
 
 @pytest.fixture

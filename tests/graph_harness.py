@@ -12,15 +12,17 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
+import torch
 import tvm
 import tvm_ffi
 from onnx import TensorProto, helper, numpy_helper
+from torch import nn
 from tvm import ir, relax
 from tvm.relax.expr_functor import PyExprMutator, mutator
 from tvm_structured.dialect import LayerCall
 from tvm_structured.frontend import Imported, import_model
 from tvm_structured.relay_passes.canonicalize_layers import CanonicalizeLayers
-from tvm_structured.relay_passes.find_layers import find_calls
+from tvm_structured.relay_passes.find_layers import find_calls, find_layers
 from tvm_structured.relay_passes.fuse_epilogue import FuseEpilogue
 from tvm_structured.structures import Unstructured
 
@@ -79,6 +81,13 @@ def const(value: Any) -> Any:
     return relax.const(np.asarray(value, np.float32))
 
 
+def batch_norm(rng: np.random.Generator, x: Any, channels: int, axis: int, **options: Any) -> Any:
+    """Inference by default; statistics and coefficients are random."""
+    mean, gamma, beta, spread = (weight(rng, channels) for _ in range(4))
+    statistics = [const(value) for value in (gamma, beta, mean, np.abs(spread) + 0.5)]
+    return relax.op.nn.batch_norm(x, *statistics, axis, **{"epsilon": 1e-3, "training": False, **options})
+
+
 # -- passes -----------------------------------------------------------------------------------------------
 
 
@@ -114,12 +123,26 @@ def only_call(mod: tvm.IRModule) -> LayerCall:
     return call
 
 
+def fused(before: tvm.IRModule) -> tvm.IRModule:
+    """A module without parameters, canonical and with epilogues."""
+    mod = FuseEpilogue()(CanonicalizeLayers()(before))
+    relax.analysis.well_formed(mod)
+    return mod
+
+
+def with_input(layer: LayerCall, x: Any) -> Any:
+    return LayerCall(
+        layer.op, layer.layer, x, layer.factors, layer.sizes, layer.epilogue, layer.operands, layer.conv
+    ).to_relax()
+
+
 # -- running ----------------------------------------------------------------------------------------------
 
 
 def run(mod: tvm.IRModule, *inputs: Any) -> Any:
     """Result of `main` with structured operators written out: an array, or a list of them."""
-    executable = tvm.compile(as_stock_relax(mod), "llvm")
+    quick = {"kind": "llvm", "opt-level": 0}  # these models are tiny: compiling takes longer than running
+    executable = tvm.compile(as_stock_relax(mod), tvm.target.Target(quick))
     arrays = [np.asarray(x.detach() if hasattr(x, "detach") else x) for x in inputs]
     return as_numpy(relax.VirtualMachine(executable, tvm.cpu())["main"](*arrays))
 
@@ -191,3 +214,35 @@ def conv_weight(layer: LayerCall, structure: Any) -> np.ndarray:
         return layer.to_layer().weight
     kh, kw = layer.conv.kernel
     return structure.dense().reshape(structure.shape[0], kh, kw, -1).transpose(0, 3, 1, 2)
+
+
+# -- checks -----------------------------------------------------------------------------------------------
+
+
+def check_fused(body: Callable[..., Any], *shapes: Any) -> tvm.IRModule:
+    """Fuse, and compare with TVM's own operators on the module as it was. Symbolic extents are 3 at run time."""
+    rng = np.random.default_rng(0)
+    before = relax_main(body, *shapes)
+    mod = fused(before)
+    inputs = [weight(rng, *(extent if isinstance(extent, int) else 3 for extent in shape)) for shape in shapes]
+    compare(run(mod, *inputs), run(before, *inputs))
+    return mod
+
+
+def check_torch(net: nn.Module, *inputs: torch.Tensor, names: list[str] | None = None, **options: Any) -> tvm.IRModule:
+    """Export, canonicalise and compare with torch; `names` are the layers in order of use."""
+    net = net.eval()
+    mod = canonical(torch.export.export(net, inputs, **options))
+    if names is not None:
+        assert list(find_layers(mod)) == names
+    with torch.no_grad():
+        expected = net(*inputs)
+    found = run(mod, *inputs)
+    compare(found, [e.numpy() for e in expected] if isinstance(expected, tuple) else expected.numpy())
+    return mod
+
+
+def compare(found: Any, expected: Any) -> None:
+    """Equal within CLOSE: an array, or a list of them."""
+    for mine, theirs in zip(*(v if isinstance(v, list) else [v] for v in (found, expected)), strict=True):
+        np.testing.assert_allclose(mine, theirs, **CLOSE)

@@ -20,8 +20,9 @@ ALLOWED = {
     "guard": {"structures"},
     "nn": {"errors", "structures", "dialect", "schedules", "planning", "progress", "files"},
     "module": {"errors", "files", "inputs", "targets", "planning", "report"},
+    "costs": {"cost_store", "dialect", "guard", "relay_passes", "schedules", "structures", "targets"},
     "relay": {
-        "compiler", "errors", "files", "frontend", "inputs", "module", "planning", "relay_passes", "report",
+        "compiler", "errors", "files", "frontend", "guard", "inputs", "module", "planning", "relay_passes", "report",
         "settings", "structures", "targets",
     },
 }  # fmt: skip

@@ -20,6 +20,9 @@ BUDGET = click.option("--budget", type=float, help="At most this fraction of eac
 MAX_FLOPS = click.option("--max-flops", type=float, help="At most this fraction of each layer's dense operations.")
 MAX_ERROR = click.option("--max-error", type=float, help="At most this relative Frobenius error of each weight.")
 PLAN = click.option("--plan", type=click.Path(path_type=Path), help="Use this plan instead of making one.")
+MEASURE = click.option(
+    "--measure/--no-measure", default=True, help="Time the candidates here, or predict their times (default: time)."
+)
 SHAPE = click.option(
     "--shape", "shapes", multiple=True, metavar="NAME=1,3,224,224", help="Shape of an input that the model leaves open."
 )
@@ -48,16 +51,27 @@ def inspect(model: Path, shapes: tuple[str, ...], max_params: float) -> None:
 @BUDGET
 @MAX_FLOPS
 @MAX_ERROR
+@TARGET
+@MEASURE
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to save the plan (JSON).")
 def plan(
-    model: Path, shapes: tuple[str, ...], budget: float, max_flops: float, max_error: float, output: Path | None
+    model: Path,
+    shapes: tuple[str, ...],
+    budget: float,
+    max_flops: float,
+    max_error: float,
+    target: str,
+    measure: bool,
+    output: Path | None,
 ) -> None:
     """Choose a structure for every layer; print the plan, or save it to be edited."""
     from tvm_structured.compiler import canonicalize, settle_plan
     from tvm_structured.frontend import import_model
+    from tvm_structured.targets import resolve_target
 
     mod = canonicalize(import_model(model, examples(model, shapes)))
-    chosen = settle_plan(mod, limits(budget, max_flops, max_error), None)
+    resolved = resolve_target(read_target(target))
+    chosen = settle_plan(mod, resolved, limits(budget, max_flops, max_error), measure=measure)
     click.echo(str(chosen))
     if output is not None:
         chosen.save(output)
@@ -72,6 +86,7 @@ def plan(
 @MAX_FLOPS
 @MAX_ERROR
 @PLAN
+@MEASURE
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The library to write (.so).")
 def compile_command(
     model: Path,
@@ -81,13 +96,14 @@ def compile_command(
     max_flops: float,
     max_error: float,
     plan: Path | None,
+    measure: bool,
     output: Path,
 ) -> None:
     """Compile a model to a shared library and print the report."""
     from tvm_structured.compiler import compile as build
 
     chosen = limits(budget, max_flops, max_error)
-    compiled = build(model, examples(model, shapes), read_target(target), chosen, plan)
+    compiled = build(model, examples(model, shapes), read_target(target), chosen, plan, measure=measure)
     compiled.export(output)
     click.echo(str(compiled.report()))
     click.echo(f"wrote {output}", err=True)

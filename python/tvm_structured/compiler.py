@@ -19,7 +19,13 @@ from tvm_structured.targets import resolve_target
 
 
 def compile(
-    model: Any, inputs: Any = None, target: Any = "llvm", budget: Any = None, plan: Any = None, database: Any = None
+    model: Any,
+    inputs: Any = None,
+    target: Any = "llvm",
+    budget: Any = None,
+    plan: Any = None,
+    database: Any = None,
+    measure: bool = True,
 ) -> Compiled:
     """Compile a model with structured layers.
 
@@ -27,13 +33,15 @@ def compile(
     inputs: example arrays, a tuple (needed for a torch.nn.Module). target: what TVM takes, or "host".
     budget: `Budget` or a fraction of the parameters; without one the result equals the dense model.
     plan: `Plan` or the path of a saved one, instead of a budget. database: a tuning database or its directory.
+    measure: time candidates on this machine once (kept in the cost store, see `cache_directory`) and use only
+    what beats the dense layer; False, and targets that do not run here, predict instead.
 
     Raises ModelError, TargetError, PlanError or BudgetError.
     """
     target = resolve_target(target)
     imported = import_model(model, inputs)
     mod = canonicalize(imported)
-    plan = settle_plan(mod, budget, plan)
+    plan = settle_plan(mod, target, budget, plan, measure)
     return build(mod, imported, plan, target, database)
 
 
@@ -44,9 +52,11 @@ def canonicalize(imported: Imported) -> Any:
     return canonical_pipeline(imported.params, imported.names)(imported.mod)
 
 
-def settle_plan(mod: Any, budget: Any, plan: Any) -> Plan:
-    """The plan for a canonical module: the one given, made concrete, or a new one."""
-    from tvm_structured.relay_passes.find_layers import find_layers, find_structures
+def settle_plan(mod: Any, target: Any, budget: Any = None, plan: Any = None, measure: bool = True) -> Plan:
+    """The plan for a canonical module: the one given, made concrete, or a new one, guarded by costs."""
+    from tvm_structured.cost_store import CostStore
+    from tvm_structured.costs import Prices
+    from tvm_structured.relay_passes.find_layers import find_calls, find_layers, find_structures
 
     layers: dict[str, Layer] = find_layers(mod)
     given: dict[str, Structure] = find_structures(mod)
@@ -55,7 +65,8 @@ def settle_plan(mod: Any, budget: Any, plan: Any) -> Plan:
             raise ModelError(
                 "a budget was given, but the model has no layer with a constant float32 weight to apply it to"
             )
-        return make_plan(layers, budget).with_given(given)
+        prices = Prices(find_calls(mod), target, CostStore(), measure)
+        return make_plan(layers, budget, prices).with_given(given)
     if budget is not None:
         raise ModelError("give a plan or a budget, not both: the plan already says what every layer becomes")
     if isinstance(plan, (str, os.PathLike)):

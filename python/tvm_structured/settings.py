@@ -19,6 +19,7 @@ class Options:
     budget: Any = None
     plan: Any = None
     database: Any = None
+    measure: bool = True
 
 
 DEFAULTS = Options()
@@ -31,13 +32,15 @@ def current() -> Options:
 
 
 @contextmanager
-def options(budget: Any = None, plan: Any = None, database: Any = None) -> Iterator[Options]:
-    """Use a budget (Budget or fraction), a plan (Plan or path) and a tuning database in the block.
+def options(
+    budget: Any = None, plan: Any = None, database: Any = None, measure: bool = True
+) -> Iterator[Options]:
+    """Use a budget, a plan, a tuning database and the choice to measure in the block, as `ts.compile` does.
 
     >>> with ts.options(budget=ts.Budget(max_params=0.25)):
     ...     lib = relay.build(mod, target="llvm", params=params)
     """
-    chosen = Options(budget, plan, database)
+    chosen = Options(budget, plan, database, measure)
     token = _current.set(chosen)
     try:
         yield chosen

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 import torch
+import tvm_structured as ts
 from onnx import TensorProto, helper, numpy_helper
 
 
 class Mlp(torch.nn.Module):
-    """Odd sizes; the weight of `fc1` has rank 3, that of `fc2` no structure."""
+    """Odd sizes; the weight of `fc1` has rank 3 and is large enough for that to pay, that of `fc2` has no structure."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.fc1, self.norm, self.fc2 = torch.nn.Linear(37, 21), torch.nn.LayerNorm(21), torch.nn.Linear(21, 5)
+        self.fc1, self.norm, self.fc2 = torch.nn.Linear(257, 131), torch.nn.LayerNorm(131), torch.nn.Linear(131, 5)
         with torch.no_grad():
-            self.fc1.weight.copy_(torch.randn(21, 3) @ torch.randn(3, 37) / 6)
+            self.fc1.weight.copy_(torch.randn(131, 3) @ torch.randn(3, 257) / 16)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.softmax(self.fc2(self.norm(torch.relu(self.fc1(x)))), -1)
@@ -57,6 +59,13 @@ def seeded(family: Any, *args: Any) -> Any:
     return family(*args).eval()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def no_measurements() -> Iterator[None]:
+    """Costs are predicted unless a test asks otherwise: quicker, and the same choices on every machine."""
+    with ts.options(measure=False):
+        yield
+
+
 @pytest.fixture(scope="session")
 def mlp() -> Any:
     return seeded(Mlp)
@@ -79,7 +88,7 @@ def rng() -> np.random.Generator:
 
 @pytest.fixture(scope="session")
 def onnx_mlp() -> Any:
-    """Gemm(transB) -> Relu -> MatMul -> Add, with a batch the file leaves open and names with dots and a digit in front."""
+    """Gemm(transB) -> Relu -> MatMul -> Add; the batch is left open, names have dots and a digit in front."""
     rng = np.random.default_rng(3)
     weights = {
         "1.weight": rng.standard_normal((11, 19)).astype(np.float32),

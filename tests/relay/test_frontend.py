@@ -9,7 +9,6 @@ import onnxruntime
 import pytest
 import torch
 import tvm
-
 from tvm_structured import relay
 from tvm_structured.errors import ModelError, RemovedNameError
 
@@ -31,7 +30,7 @@ def names(mod: Any) -> list[str]:
 
 @pytest.mark.parametrize("form", ["module", "trace", "script"])
 def test_torch_models_keep_their_values_and_the_names_of_inputs_and_weights(form: str, mlp: Any, rng: Any) -> None:
-    x = rng.standard_normal((4, 37)).astype(np.float32)
+    x = rng.standard_normal((4, 257)).astype(np.float32)
     torch_x = torch.from_numpy(x)
     model = {
         "module": lambda: mlp,
@@ -57,10 +56,10 @@ def test_a_script_of_a_convolutional_net_gives_torchs_values(form: str, conv_net
 
 
 def test_the_shapes_given_count_not_those_of_the_trace(mlp: Any, rng: Any) -> None:
-    scripted = torch.jit.trace(mlp, torch.zeros(9, 37))
-    x = rng.standard_normal((1, 37)).astype(np.float32)
-    mod, params = relay.frontend.from_pytorch(scripted, [("x", (1, 37))])
-    assert [int(extent) for extent in mod["main"].params[0].ty.shape] == [1, 37]
+    scripted = torch.jit.trace(mlp, torch.zeros(9, 257))
+    x = rng.standard_normal((1, 257)).astype(np.float32)
+    mod, params = relay.frontend.from_pytorch(scripted, [("x", (1, 257))])
+    assert [int(extent) for extent in mod["main"].params[0].ty.shape] == [1, 257]
     np.testing.assert_allclose(run(mod, params, x)[0], mlp(torch.from_numpy(x)).detach().numpy(), atol=1e-6)
 
 
@@ -95,7 +94,7 @@ def test_the_dtype_comes_from_the_caller_else_from_the_trace() -> None:
 
 
 def test_parser_friendly_names_have_no_dots(mlp: Any) -> None:
-    mod, params = relay.frontend.from_pytorch(mlp, [("x", (1, 37))], use_parser_friendly_name=True)
+    mod, params = relay.frontend.from_pytorch(mlp, [("x", (1, 257))], use_parser_friendly_name=True)
     assert "fc1_weight" in params and set(names(mod)[1:]) == set(params)
 
 
@@ -124,8 +123,13 @@ def test_a_script_that_cannot_be_exported_names_the_way_out() -> None:
                 x = x + 1
             return x
 
-    with pytest.raises(ModelError, match=r"ScriptModule: .*give .* the torch.nn.Module itself"):
-        relay.frontend.from_pytorch(torch.jit.script(Loops()), [("x", (3,))])
+    for model, shape in (
+        (Loops(), (3,)),
+        (torch.nn.GRU(4, 3), (2, 1, 4)),  # its script has no forward
+        (torch.nn.TransformerEncoderLayer(8, 2, 16), (2, 1, 8)),  # control flow and optional arguments
+    ):
+        with pytest.raises(ModelError, match=r"ScriptModule: .*give .* the torch.nn.Module itself"):
+            relay.frontend.from_pytorch(torch.jit.script(model.eval()), [("x", shape)])
 
 
 def test_onnx_models_keep_their_values_and_their_names(onnx_mlp: Any, rng: Any) -> None:
@@ -164,7 +168,7 @@ def test_onnx_errors_name_the_input_or_the_file(onnx_mlp: Any, tmp_path: Any) ->
 
 
 def test_importers_that_are_gone_say_what_to_use() -> None:
-    with pytest.raises(RemovedNameError, match="from_keras: .*tf2onnx"):
+    with pytest.raises(RemovedNameError, match=r"from_keras: .*tf2onnx"):
         relay.frontend.from_keras  # noqa: B018
     assert not hasattr(relay.frontend, "from_nowhere")
     assert relay.frontend.pytorch.from_pytorch is relay.frontend.from_pytorch

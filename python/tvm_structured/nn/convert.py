@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from tvm_structured.errors import BudgetError, ModelError, PlanError
-from tvm_structured.nn.structured import (
-    Structured,
-    StructuredConv2d,
-    StructuredLinear,
-    four_sides,
-    make_member,
-    to_numpy,
-)
+from tvm_structured.nn.members import four_sides, make_member, to_numpy
+from tvm_structured.nn.structured import Structured, StructuredConv2d, StructuredLinear
+from tvm_structured.progress import track
 from tvm_structured.structures import STRUCTURES, Budget, Conv2d, Dense, Layer, Structure, as_budget, as_layer
 
 
-def convert(model: nn.Module, choices: Any, *, inplace: bool = False, progress: bool = False) -> nn.Module:
+def convert(model: nn.Module, choices: Any, *, inplace: bool = False) -> nn.Module:
     """The model with structured layers, ready to be fine-tuned; a copy unless `inplace`.
 
     choices is one of
@@ -39,7 +33,7 @@ def convert(model: nn.Module, choices: Any, *, inplace: bool = False, progress: 
     layers = convertible_layers(model)
     wanted = requests(choices, layers)
     chosen: dict[int, nn.Module] = {}
-    for name in track(wanted, progress):
+    for name in track(wanted, "projecting"):
         layer = as_layer(layer_of(name, layers[name]))
         member = choose(layer, wanted[name])
         if member is not None and member.name in STRUCTURES:
@@ -145,13 +139,3 @@ def replace_modules(model: nn.Module, twins: Mapping[int, nn.Module]) -> nn.Modu
             if id(child) in twins:
                 setattr(parent, name, twins[id(child)])
     return model
-
-
-def track(names: Iterable[str], progress: bool) -> Iterable[str]:
-    """The names, under a progress bar on a terminal where that is asked for."""
-    if not progress:
-        return names
-    from rich.console import Console
-    from rich.progress import track as bar
-
-    return bar(list(names), "projecting", console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True)

@@ -69,7 +69,7 @@ def emit(node: Any, importer: Any, names: Mapping[str, str], conv: ConvGeometry 
 
 
 def layer_name(node: Any, names: Mapping[str, str]) -> str:
-    """"fc1.weight" for the factor parameter "fc1.c", else for the calling module "fc1"."""
+    """ "fc1.weight" for the factor parameter "fc1.c", else for the calling module "fc1"."""
     paths = [names[factor.name] for factor in node.args[1] if factor.name in names]
     if paths:
         owner = paths[0].rpartition(".")[0]

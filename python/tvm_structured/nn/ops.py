@@ -3,10 +3,10 @@
     tvm_structured::structured_linear(x, factors, bias, structure, sizes) -> y
     tvm_structured::structured_conv2d(x, factors, bias, structure, sizes, kernel, stride, padding, dilation) -> y
 
-Eager training runs the structure's own `apply`, which autograd and torch.compile see through. Only torch.export
-meets these operators: one node per layer, its factors as named parameters, so that the importer finds the
-structure written down instead of having to recognise it. They have a CPU (or any device) implementation and a
-gradient, so that an exported program also runs and trains in plain torch.
+Eager training runs the structure's own `apply`, which autograd sees through. torch.export and torch.compile meet
+these operators: one node per layer, its factors as named parameters, so that the importer finds the structure
+written down instead of having to recognise it. They are implemented in plain torch and have a gradient, so that
+exported and compiled programs also run and train without this package's compiler.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -71,19 +72,37 @@ def apply_conv2d(
 def dense_matrix(member: Structure) -> Tensor:
     """The (out, in) matrix of a member with torch factors; gradients flow into the factors."""
     first = member.factors[member.trainable_factors[0]]
-    return member.apply(torch.eye(member.shape[1], dtype=first.dtype, device=first.device)).mT
+    if len(member.trainable_factors) > 1:  # a product of factors: apply it to the identity
+        return member.apply(torch.eye(member.shape[1], dtype=first.dtype, device=first.device)).mT
+    return F.pad(first.reshape(-1), (1, 0))[numbering(member).to(first.device)]
+
+
+def numbering(member: Structure) -> Tensor:
+    """Which number of the only trainable factor stands where in the matrix: 1, 2, ..., and 0 for a zero.
+
+    A weight that is linear in one factor is made of copies of its numbers. The numpy form of the member, with the
+    factor 1, 2, ..., tells their places without any arithmetic on the values.
+    """
+    numbered = [
+        np.arange(1.0, 1.0 + factor.numel()).reshape(factor.shape)
+        if name in member.trainable_factors
+        else (factor.cpu().numpy() if isinstance(factor, Tensor) else factor)
+        for name, factor in member.factors.items()
+    ]
+    return torch.from_numpy(type(member).from_factors(member.sizes_of, numbered).dense().astype(np.int64))
 
 
 def conv_weight(member: Structure, kernel: Sequence[int]) -> Tensor:
     """The (out, in, kh, kw) weight of a member whose matrix is (out, kh * kw * in), channel fastest."""
     kh, kw = kernel
-    return dense_matrix(member).reshape(member.shape[0], kh, kw, -1).permute(0, 3, 1, 2)
+    by_taps = dense_matrix(member).reshape(member.shape[0], kh, kw, -1)
+    return by_taps.permute(0, 3, 1, 2).contiguous()  # else torch takes it for channels_last, and so would be the output
 
 
 @torch.library.custom_op(f"{NAMESPACE}::structured_linear", mutates_args=())
 def structured_linear(x: Tensor, factors: list[Tensor], bias: Tensor | None, structure: str, sizes: str) -> Tensor:
     """A dense layer whose weight is a structure: x (..., in) -> (..., out)."""
-    return apply_linear(member_of(structure, sizes, factors), x, bias)
+    return apply_linear(member_of(structure, sizes, factors), x, bias).contiguous()
 
 
 @torch.library.custom_op(f"{NAMESPACE}::structured_conv2d", mutates_args=())
@@ -99,7 +118,8 @@ def structured_conv2d(
     dilation: list[int],
 ) -> Tensor:
     """A convolution whose matrix (out, kh * kw * in) is a structure: x (n, in, h, w) -> (n, out, oh, ow)."""
-    return apply_conv2d(member_of(structure, sizes, factors), x, bias, kernel, stride, padding, dilation)
+    y = apply_conv2d(member_of(structure, sizes, factors), x, bias, kernel, stride, padding, dilation)
+    return y.contiguous()
 
 
 @structured_linear.register_fake
@@ -157,7 +177,7 @@ def structured_gradient(
 
     # inside an operator torch has switched autograd off; torch.func works there as everywhere
     _, pull_back = torch.func.vjp(layer, *(inputs[number] for number in trained))
-    return [gradient.clone() for gradient in pull_back(grad)]
+    return [gradient.clone(memory_format=torch.contiguous_format) for gradient in pull_back(grad)]
 
 
 @structured_gradient.register_fake
@@ -170,7 +190,7 @@ def _gradient_like(
     sizes: str,
     geometry: list[int],
 ) -> list[Tensor]:
-    return [torch.empty_like(t) for t in _all_tensors(x, factors, bias) if t.is_floating_point()]
+    return [t.new_empty(t.shape) for t in _all_tensors(x, factors, bias) if t.is_floating_point()]
 
 
 def _all_tensors(x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> list[Tensor]:

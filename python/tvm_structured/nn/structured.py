@@ -9,7 +9,6 @@ The factors of the structure are the parameters ("fc1.c", "fc1.core0", ...), its
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 from collections.abc import Mapping
@@ -21,6 +20,16 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from tvm_structured.errors import ModelError
+from tvm_structured.nn.members import (
+    Padding,
+    Pair,
+    conv_layer,
+    describe_geometry,
+    make_member,
+    pair,
+    random_weight,
+    to_numpy,
+)
 from tvm_structured.nn.ops import (
     apply_conv2d,
     apply_linear,
@@ -29,10 +38,7 @@ from tvm_structured.nn.ops import (
     structured_conv2d,
     structured_linear,
 )
-from tvm_structured.structures import STRUCTURES, Conv2d, Dense, Layer, Structure
-
-Pair = int | tuple[int, int]
-Padding = int | tuple[int, int] | tuple[int, int, int, int] | str
+from tvm_structured.structures import STRUCTURES, Conv2d, Dense, Structure
 
 
 class Structured(nn.Module):
@@ -95,7 +101,7 @@ class Structured(nn.Module):
         for tensor in trainable:
             tensor.normal_()
         out, inner = self.static["shape"]
-        norm = frobenius_norm(self.member())
+        norm = float(np.linalg.norm(self.to_structure().dense()))
         if norm > 0:
             scale = (math.sqrt(out / 3) / norm) ** (1 / len(trainable))
             for tensor in trainable:
@@ -173,10 +179,10 @@ class StructuredConv2d(Structured):
         dtype: torch.dtype | None = None,
         **size: Any,
     ) -> None:
-        kernel = pair(kernel_size)
-        layer = Conv2d("weight", random_weight(out_channels, in_channels, *kernel))
+        weight = random_weight(out_channels, in_channels, *pair(kernel_size))
+        layer = conv_layer(weight, stride, padding, dilation)
         super().__init__(make_member(structure, layer, size), bias, device=device, dtype=dtype)
-        self._place(in_channels, kernel, pair(stride), padding, pair(dilation))
+        self._place(layer)
         self.reset_parameters()
 
     @classmethod
@@ -194,15 +200,19 @@ class StructuredConv2d(Structured):
         channels, rest = divmod(member.shape[1], math.prod(kernel))
         if rest:
             raise ModelError(f"{member.name} of shape {member.shape} does not fit a kernel of {kernel}")
+        shape = (member.shape[0], channels, *kernel)
+        layer = conv_layer(np.broadcast_to(np.float32(0), shape), stride, padding, dilation)
+        if not member.takes(layer):
+            raise ModelError(f"{member.name} is not defined for {describe_geometry(layer)}")
         self = cls.__new__(cls)
         Structured.__init__(self, member, bias is not None)
-        self._place(channels, kernel, pair(stride), padding, pair(dilation))
+        self._place(layer)
         return with_bias(self, bias)
 
-    def _place(self, in_channels: int, kernel: Any, stride: Any, padding: Any, dilation: Any) -> None:
-        self.in_channels, self.out_channels = in_channels, self.static["shape"][0]
-        self.kernel_size, self.stride, self.dilation = kernel, stride, dilation
-        self.padding = four_sides(padding, kernel, dilation)
+    def _place(self, layer: Conv2d) -> None:
+        self.out_channels, self.in_channels = (int(extent) for extent in layer.weight.shape[:2])
+        self.kernel_size, self.stride = layer.kernel, layer.stride
+        self.padding, self.dilation = layer.padding, layer.dilation
 
     def dense_weight(self) -> Tensor:
         """(out, in, kh, kw)."""
@@ -223,68 +233,9 @@ class StructuredConv2d(Structured):
         )
 
 
-def make_member(structure: str, layer: Layer, size: Mapping[str, Any]) -> Structure:
-    """The member of that family and size nearest to the layer's weight."""
-    family = STRUCTURES.get(structure)
-    if family is None:
-        raise ModelError(f"no structure is called {structure!r}; choose one of {', '.join(STRUCTURES)}")
-    if not family.takes(layer):
-        raise ModelError(f"{structure} is not defined for a weight of shape {layer.weight.shape}")
-    try:
-        inspect.signature(family.from_dense).bind(layer, **size)
-    except TypeError as error:
-        example = next(iter(family.sizes(layer)), None)
-        hint = f"; for example {', '.join(f'{k}={v}' for k, v in example.items())}" if example else ""
-        raise ModelError(f"{structure} of shape {layer.matrix.shape}: {error}{hint}") from None
-    return family.from_dense(layer, **size)
-
-
-def random_weight(*shape: int) -> np.ndarray[Any, Any]:
-    """A weight from torch's generator. It gives the member its shapes and its index factors, not its values."""
-    return torch.empty(shape, dtype=torch.float32).uniform_(-1, 1).numpy()
-
-
-def frobenius_norm(member: Structure, rows: int = 1024) -> float:
-    """||W||_F through `apply` on blocks of the identity: memory rows * max(in, out), not in * out."""
-    first = member.factors[member.trainable_factors[0]]
-    total = 0.0
-    for start in range(0, member.shape[1], rows):
-        count = min(rows, member.shape[1] - start)
-        block = torch.zeros(count, member.shape[1], dtype=first.dtype, device=first.device)
-        block[torch.arange(count), torch.arange(start, start + count)] = 1
-        total += float(member.apply(block).double().square().sum())
-    return math.sqrt(total)
-
-
-def to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
-    """A copy as numpy; bfloat16, which numpy lacks, becomes float32 (exactly)."""
-    tensor = tensor.detach().cpu()
-    return np.array((tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy(), order="C")
-
-
 def with_bias(module: Any, bias: Any) -> Any:
     """The module with its bias set to a copy of the given values (or without one)."""
     if bias is not None:
         like = getattr(module, module.trainable_names[0])
         module.bias = nn.Parameter(torch.as_tensor(bias).detach().to(like.device, like.dtype).clone())
     return module
-
-
-def pair(value: Pair) -> tuple[int, int]:
-    """3 -> (3, 3)."""
-    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
-
-
-def four_sides(padding: Padding, kernel: tuple[int, int], dilation: tuple[int, int]) -> tuple[int, int, int, int]:
-    """(top, left, bottom, right) of a torch padding: a number, (vertical, horizontal), "same" or "valid"."""
-    if padding == "valid":
-        return 0, 0, 0, 0
-    if padding == "same":  # an odd total puts the extra row below and the extra column right, as torch does
-        height, width = (d * (k - 1) for k, d in zip(kernel, dilation, strict=True))
-        return height // 2, width // 2, height - height // 2, width - width // 2
-    if isinstance(padding, str):
-        raise ModelError(f"padding={padding!r} is unknown; give numbers, 'same' or 'valid'")
-    if isinstance(padding, int) or len(padding) == 2:
-        return pair(padding) * 2
-    top, left, bottom, right = padding
-    return top, left, bottom, right

@@ -18,7 +18,7 @@ from tvm_structured.relay import backend, build_module, frontend, graph_executor
 from tvm_structured.relay.build_module import build, create_executor
 from tvm_structured.relay.factory import GraphExecutorFactoryModule, load_module
 from tvm_structured.relay.graph_executor import GraphModule
-from tvm_structured.relay.removed import removed
+from tvm_structured.relay.removed_names import removed
 from tvm_structured.relay.tvm_names import load_param_dict, save_param_dict, tvm
 
 __all__ = [

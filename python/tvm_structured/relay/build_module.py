@@ -11,7 +11,8 @@ import numpy as np
 from tvm_structured import compiler, settings
 from tvm_structured.errors import ModelError, TargetError
 from tvm_structured.frontend import Imported, describe_input
-from tvm_structured.planning import Note, Plan, Requested
+from tvm_structured.guard import Note
+from tvm_structured.planning import Plan, Requested
 from tvm_structured.relay.backend import Executor, Runtime
 from tvm_structured.relay.factory import GraphExecutorFactoryModule
 from tvm_structured.relay.functions import reordered, with_inputs, with_main
@@ -46,13 +47,16 @@ def build(
 
     Raises ModelError, TargetError, PlanError or BudgetError.
     """
+    from tvm.ir.transform import PassContext
+
     refuse_microcontrollers(executor, runtime, workspace_memory_pools or constant_memory_pools)
     target = settle_target(target, target_host)
     options = settings.current()
     imported = bind(ir_mod, params or {})
     mod = compiler.canonicalize(imported)
     wish = Wish.of(options)
-    plan = compiler.settle_plan(mod, wish.budget, wish.plan_for(mod))
+    with PassContext():  # kernels built to be measured are no part of the pipeline that the user's context is about
+        plan = compiler.settle_plan(mod, target, wish.budget, wish.plan_for(mod), options.measure)
     compiled = compiler.build(mod, imported, plan, target, options.database)
     return GraphExecutorFactoryModule(compiled, imported.params, target, mod_name)
 

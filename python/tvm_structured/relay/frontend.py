@@ -19,7 +19,7 @@ import numpy as np
 from tvm_structured.errors import ModelError
 from tvm_structured.frontend import Imported, first_line, from_torch, load_file, need, split_params
 from tvm_structured.relay.functions import renamed, with_inputs, with_main
-from tvm_structured.relay.removed import FRONTEND, removed
+from tvm_structured.relay.removed_names import FRONTEND, removed
 
 __all__ = ["from_onnx", "from_pytorch"]
 

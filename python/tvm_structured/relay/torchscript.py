@@ -26,10 +26,11 @@ _SCALAR_TYPES = {
 
 def traced_dtypes(module: Any) -> list[str | None]:
     """The dtypes of the arguments of `forward`, None where TorchScript does not know them (scripts, not traces)."""
-    if not hasattr(module, "graph"):
+    try:
+        types = [argument.type() for argument in module.graph.inputs()][1:]
+    except RuntimeError:  # scripts of RNN modules have no forward; export_script says what to do
         return []
-    arguments = list(module.graph.inputs())[1:]
-    kinds = [arg.type().scalarType() if hasattr(arg.type(), "scalarType") else None for arg in arguments]
+    kinds = [ty.scalarType() if ty.kind() == "TensorType" else None for ty in types]
     return [_SCALAR_TYPES.get(str(kind)) for kind in kinds]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -72,25 +73,24 @@ def load_library(path: Any, fmt: str = "") -> Any:
 
 
 class Extended(ModuleType):
-    """A module's names and a few more."""
+    """A module's names and a few more. It is imported on use: TVM's runtime alone has no tvm.target."""
 
-    def __init__(self, behind: ModuleType, **more: Any) -> None:
-        super().__init__(behind.__name__, behind.__doc__)
-        self._behind = behind
+    def __init__(self, name: str, **more: Any) -> None:
+        super().__init__(name)
         vars(self).update(more)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._behind, name)
+        return getattr(import_module(self.__name__), name)
 
     def __dir__(self) -> list[str]:
-        return sorted({*dir(self._behind), *vars(self)})
+        return sorted({*dir(import_module(self.__name__)), *vars(self)})
 
 
 tvm: Any = Extended(
-    real_tvm,
+    "tvm",
     nd=nd,
     device=make_device,
-    target=Extended(real_tvm.target, Target=make_target),
-    runtime=Extended(real_tvm.runtime, load_module=load_library),
-    contrib=Extended(real_tvm.contrib, graph_executor=graph_executor),
+    target=Extended("tvm.target", Target=make_target),
+    runtime=Extended("tvm.runtime", load_module=load_library),
+    contrib=Extended("tvm.contrib", graph_executor=graph_executor),
 )

@@ -10,6 +10,7 @@ from tvm_structured.structures.low_rank import LowRank
 from tvm_structured.structures.permuted_diagonal import PermutedDiagonal
 from tvm_structured.structures.tensor_train import TensorTrain
 from tvm_structured.structures.unstructured import Unstructured
+from tvm_structured.structures.winograd import Winograd
 
 STRUCTURES: dict[str, type[Structure]] = {
     structure.name: structure
@@ -18,6 +19,7 @@ STRUCTURES: dict[str, type[Structure]] = {
         LowRank,
         PermutedDiagonal,
         TensorTrain,
+        Winograd,
     )
 }
 
@@ -30,6 +32,7 @@ __all__ = [
     "Size",
     "Structure",
     "Unstructured",
+    "Winograd",
     "as_budget",
     "as_layer",
     "factor",

@@ -19,7 +19,7 @@ from tvm_structured.structures.layer import Array, Conv2d, Dense, Layer, as_laye
 
 USUAL_BLOCKS = (64, 32, 16, 12, 10, 8, 6, 5, 4, 3, 2)
 LONGEST_GUESS = 128  # project looks for a pattern in the weight up to this block
-LARGEST_FFT = 64  # up to here the kernels run a fast transform, beyond a direct one
+LONGEST_FFT = 128  # beyond, the kernels multiply the even and odd parts of a block by matrices
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,17 +181,27 @@ class BlockCirculant(Structure):
         return y.reshape(count, blocks.rows * self.block)[:, : self.shape[0]].reshape(*lead, self.shape[0]).to(dtype)
 
     def flops(self, rows: int) -> int:
-        """rows * ((taps * q + p) * transform + 2 * (3h + r) * p * taps * q) with h = (n - 1) // 2 complex
-        frequencies of three real products each and r = 1 (n odd) or 2 real ones. A transform of n reals costs
-        2.5 n log2(n) up to LARGEST_FFT and n^2 beyond, where it is a matrix product on even and odd parts."""
+        """rows * ((taps * q + p) * transform + 2 * (3h + r) * p * taps * q): h = (n - 1) // 2 complex frequencies take
+        three real products each, r = 1 (n odd) or 2 (even) real ones take one. A transform of n reals costs
+        n * (2.5 for every prime factor 2 of n, f for every other one), and n^2 beyond LONGEST_FFT."""
         p, columns, n = self.blocks.factor_shape
-        complex_bins = (n - 1) // 2
-        transform = 2.5 * n * np.log2(n) if n <= LARGEST_FFT else n * n
-        product = 2 * (3 * complex_bins + 1 + (n % 2 == 0)) * p * columns
-        return rows * int(np.ceil((columns + p) * transform) + product)
+        product = 2 * (3 * ((n - 1) // 2) + 2 - n % 2) * p * columns
+        return rows * (math.ceil((columns + p) * transform_flops(n)) + product)
 
     def describe(self) -> str:
         return f"block={self.block}" + (f", taps={self.taps}" if self.taps > 1 else "")
+
+
+def transform_flops(n: int) -> float:
+    """Operations of one transform of n reals, as the kernels evaluate it."""
+    if n > LONGEST_FFT:
+        return n * n
+    each, rest, f = 0.0, n, 2
+    while rest > 1:
+        while rest % f == 0:
+            each, rest = each + (2.5 if f == 2 else f), rest // f
+        f += 1
+    return n * each
 
 
 def patterns(layer: Layer) -> list[CirculantPattern]:

@@ -83,6 +83,7 @@ def divisors(extent: int) -> list[int]:
 # -- the search -----------------------------------------------------------------------------------------
 
 FIRST_SAMPLE, LARGE_SAMPLE = 48, 264  # side of the samples that ranks are read from
+MANY_POINTS = 600  # more of them (a 5040 x 5040 weight has 3600) make do with smaller samples
 SPARE = 8  # a sample proves a rank only if it is that much larger
 
 
@@ -103,19 +104,31 @@ def sampled_rank(matrix: Array, point: Point, side: int, tail: float, seed: int)
     sample = matrix[
         (rows // b * low_out)[:, None] + columns // low_in, (rows % b * low_in)[:, None] + columns % low_in
     ].astype(np.float64)
-    allowed = tail**2 * sample.size
-    rank = int(np.argmax(tail_energies(squared_singular_values(sample, allowed)) <= allowed))
+    rank = rank_leaving(sample, tail**2 * sample.size)
     is_known = min(a * b, low_out * low_in) <= side or rank <= side - SPARE
     return max(1, rank), is_known
 
 
-def squared_singular_values(sample: Array, allowed: float) -> Array:
-    """Falling; through the Gram matrix where its rounding stays below what may be left out."""
+def rank_leaving(sample: Array, allowed: float) -> int:
+    """The smallest rank that leaves out at most the squared norm `allowed`."""
     short = sample if sample.shape[0] <= sample.shape[1] else sample.T
     gram = short @ short.T
-    if allowed > 1e-12 * float(np.trace(gram)):
-        return np.maximum(np.linalg.eigvalsh(gram)[::-1], 0.0)
-    return np.asarray(np.linalg.svd(short, compute_uv=False) ** 2)
+    if allowed <= 1e-12 * float(np.trace(gram)):  # nothing for the Gram matrix, whose rounding is as large
+        squares = np.linalg.svd(short, compute_uv=False) ** 2
+    elif is_above(gram, allowed):
+        return len(gram)
+    else:
+        squares = np.maximum(np.linalg.eigvalsh(gram)[::-1], 0.0)
+    return int(np.argmax(tail_energies(squares) <= allowed))
+
+
+def is_above(gram: Array, bound: float) -> bool:
+    """Whether all eigenvalues are greater: a Cholesky factorisation, ten times faster than the eigenvalues."""
+    try:
+        np.linalg.cholesky(gram - bound * np.eye(len(gram)))
+    except np.linalg.LinAlgError:
+        return False
+    return True
 
 
 @dataclass
@@ -152,8 +165,9 @@ class RankLattice:
 
     def sample_unknown(self) -> None:
         """A larger sample wherever the first was too small; ranks beyond that one as well count as full."""
-        for index in np.flatnonzero(~self.known):
-            self._sample(int(index), LARGE_SAMPLE)
+        unknown = np.flatnonzero(~self.known)
+        for index in unknown:
+            self._sample(int(index), LARGE_SAMPLE if len(unknown) <= MANY_POINTS else LARGE_SAMPLE // 2)
             if not self.known[index]:
                 self.ranks[index], self.known[index] = self.full_rank(int(index)), True
 

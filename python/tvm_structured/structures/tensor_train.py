@@ -109,7 +109,7 @@ class TensorTrain(Structure):
         """The smallest train equal to the weight within `tol`, whatever its modes and their order.
 
         The ranks of all possible unfoldings are sampled and the smallest chain of them is verified on the whole
-        weight. Ranks above 256 are seen only where they are full.
+        weight. Ranks above 256 (124 for sizes with very many divisors) are seen only where they are full.
         """
         layer = as_layer(layer)
         if not cls.takes(layer) or any(extent < 2 for extent in layer.matrix.shape):

@@ -23,8 +23,19 @@ from tvm_structured.structures.layer import Array, Conv2d, Layer, as_layer
 
 Matrix = tuple[tuple[Fraction, ...], ...]
 
-# Small numbers and their inverses keep the interpolation well conditioned; a point at infinity joins them.
-POINTS = tuple(Fraction(p) for p in ("0", "1", "-1", "2", "-2", "1/2", "-1/2"))
+
+def fractions(text: str) -> tuple[Fraction, ...]:
+    return tuple(Fraction(word) for word in text.split())
+
+
+# Finite points for n = tile + kernel - 1; infinity joins them. Opposite pairs share their work, and every number is a
+# short binary fraction, so that A and B are exact in float32. For n = 6 these have half the rounding error of the usual
+# 0, 1, -1, 2, -2 (found by trying pairs of eighths), for n = 8 the usual ones are best.
+POINTS = {
+    4: fractions("0 1 -1"),
+    6: fractions("0 3/4 -3/4 3/2 -3/2"),
+    8: fractions("0 1 -1 2 -2 1/2 -1/2"),
+}
 TILES = {3: (4, 2, 6), 5: (4, 2)}  # kernel size -> tiles
 SMALLEST_FOR_4 = 8  # outputs in one dimension
 
@@ -40,7 +51,7 @@ def transforms(tile: int, kernel: int) -> tuple[Matrix, Matrix, Matrix]:
     Signs are moved between G and B^T so that every N_i counts as positive.
     """
     size = tile + kernel - 1
-    points = POINTS[: size - 1]
+    points = POINTS[size]
     a_t = [[p**k for p in points] + [Fraction(k == tile - 1)] for k in range(tile)]
     g, b_t = [], []
     for i, point in enumerate(points):

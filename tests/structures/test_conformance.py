@@ -1,0 +1,407 @@
+"""What every member of STRUCTURES promises. A new family is covered by its line in the table.
+
+A family that accepts only convolutions works on images: its `apply` takes (batch, in, h, w) and is the convolution
+without padding. All others take rows: `apply` is a product with `dense()`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tvm_structured.errors import ModelError
+from tvm_structured.structures import STRUCTURES, Budget, Conv2d, Dense, as_layer
+
+FAMILIES = pytest.mark.parametrize("family", STRUCTURES.values(), ids=STRUCTURES)
+APPROXIMATE = pytest.mark.parametrize(
+    "family", [f for f in STRUCTURES.values() if not f.is_lossless], ids=lambda f: f.name
+)
+OPTIMAL = pytest.mark.parametrize(
+    "family", [f for f in STRUCTURES.values() if f.is_frobenius_optimal], ids=lambda f: f.name
+)
+SHAPES = (
+    (1, 1), (1, 12), (12, 1), (2, 2), (7, 13), (12, 18), (30, 20),
+    (8, 6, 3, 3), (7, 5, 3, 3), (6, 4, 1, 1), (5, 3, 5, 5), (1, 3, 3, 3), (4, 8, 1, 3),
+)  # fmt: skip
+USUAL = ((24, 36), (12, 8, 3, 3), (10, 12, 5, 5))  # large enough for every family
+TOLERANCE = {"float32": 2e-5, "float64": 1e-10}  # relative: a few hundred terms, Winograd's transforms
+
+
+def make_layer(shape, dtype="float32", seed=0):
+    rng = np.random.default_rng([seed, *shape])
+    return as_layer(rng.standard_normal(shape).astype(dtype), "some.weight")
+
+
+def some_sizes(family, layer, count=3):
+    """The first sizes, and the last one."""
+    sizes = list(itertools.islice(family.sizes(layer), 200)) if family.takes(layer) else []
+    return sizes[:count] + sizes[count:][-1:]
+
+
+def members(family, shapes=USUAL, dtype="float32", count=3):
+    """(layer, size, member) for several layers and sizes; there is at least one."""
+    found = []
+    for shape in shapes:
+        layer = make_layer(shape, dtype)
+        found += [(layer, size, family.from_dense(layer, **size)) for size in some_sizes(family, layer, count)]
+    assert found, f"{family.name} has no member for any of {shapes}"
+    return found
+
+
+def works_on_images(family):
+    return Dense not in family.accepts
+
+
+def make_input(family, layer, lead, dtype, seed=1):
+    rng = np.random.default_rng(seed)
+    if works_on_images(family):
+        kh, kw = layer.kernel
+        return rng.standard_normal((2, layer.weight.shape[1], kh + 6, kw + 3)).astype(dtype)
+    return rng.standard_normal((*lead, layer.matrix.shape[1])).astype(dtype)
+
+
+def expected_output(family, layer, member, x):
+    """In float64, from `dense()` alone."""
+    matrix = np.asarray(member.dense(), np.float64)
+    if works_on_images(family):
+        weight = torch.from_numpy(np.ascontiguousarray(layer.with_matrix(matrix).weight))
+        return torch.conv2d(torch.from_numpy(x.astype(np.float64)), weight).numpy()
+    return x.astype(np.float64) @ matrix.T
+
+
+def distance(a, b):
+    """Relative Frobenius distance of two arrays, written out."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    return np.sqrt(((a - b) ** 2).sum()) / (np.sqrt((b**2).sum()) or 1.0)
+
+
+def with_torch(member, dtype=torch.float64, requires_grad=False):
+    """The member with its factors as tensors (indices keep their type)."""
+    factors = []
+    for name, array in member.factors.items():
+        tensor = torch.tensor(np.asarray(array))
+        if name in member.trainable_factors:
+            tensor = tensor.to(dtype).requires_grad_(requires_grad)
+        factors.append(tensor)
+    return type(member).from_factors(member.sizes_of, factors)
+
+
+# -- the table ------------------------------------------------------------------------------------------
+
+
+def test_tables_use_the_name_of_the_family():
+    assert all(name == family.name for name, family in STRUCTURES.items())
+
+
+@FAMILIES
+def test_sizes_are_smaller_than_dense_and_come_smallest_first(family):
+    for shape in USUAL:
+        layer = make_layer(shape)
+        counts = [family.from_dense(layer, **size).num_params for size in some_sizes(family, layer, 12)]
+        assert counts == sorted(counts)
+        assert family.is_lossless or all(count < layer.num_params for count in counts)
+
+
+# -- detect ---------------------------------------------------------------------------------------------
+
+
+@FAMILIES
+def test_planted_member_is_detected(family):
+    for layer, size, member in members(family):
+        planted = layer.with_matrix(member.dense())
+        found = family.detect(planted)
+        assert found is not None, f"{family.name} {size} of {layer.weight.shape} was not recognised"
+        assert type(found) is family
+        assert distance(found.dense(), planted.matrix) <= 1e-5
+        assert found.num_params <= member.num_params
+
+
+@FAMILIES
+def test_planted_member_is_detected_under_float32_rounding(family):
+    rng = np.random.default_rng(5)
+    for layer, size, member in members(family, dtype="float64", count=2):
+        noise = 1e-7 * np.abs(member.dense()).max() * rng.standard_normal(member.shape)
+        planted = layer.with_matrix((member.dense() + noise).astype(np.float32))
+        found = family.detect(planted)
+        assert found is not None and found.num_params <= member.num_params, f"{family.name} {size}"
+
+
+@APPROXIMATE
+def test_random_weight_is_no_member(family):
+    for shape in USUAL:
+        assert family.detect(make_layer(shape)) is None
+
+
+@APPROXIMATE
+def test_noise_above_the_tolerance_hides_a_member(family):
+    rng = np.random.default_rng(6)
+    for layer, _, member in members(family, count=1):
+        noise = 1e-2 * np.linalg.norm(member.dense()) / np.sqrt(layer.num_params) * rng.standard_normal(member.shape)
+        noisy = layer.with_matrix((member.dense() + noise).astype(np.float32))
+        assert family.detect(noisy) is None
+        assert family.detect(noisy, tol=2e-2) is not None
+
+
+@FAMILIES
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_detection_of_hostile_shapes_is_none_or_right(family, shape):
+    for weight in (make_layer(shape).weight, np.zeros(shape, np.float32), np.ones(shape, np.float32)):
+        found = family.detect(weight)
+        assert found is None or distance(found.dense(), as_layer(weight).matrix) <= 1e-5
+
+
+@FAMILIES
+def test_grouped_convolutions_are_not_taken(family):
+    layer = Conv2d("grouped", make_layer((8, 6, 3, 3)).weight, groups=2)
+    assert family.detect(layer) is None
+    assert family.project(layer, 1.0) is None
+
+
+@FAMILIES
+def test_the_weight_is_left_as_it_was(family):
+    for shape in USUAL:
+        layer = make_layer(shape)
+        before = layer.weight.copy()
+        family.detect(layer)
+        family.project(layer, 0.5)
+        np.testing.assert_array_equal(layer.weight, before)
+
+
+# -- from_dense and project -----------------------------------------------------------------------------
+
+
+@FAMILIES
+def test_projection_is_idempotent(family):
+    for layer, size, member in members(family, (*USUAL, (30, 20), (7, 13), (7, 5, 3, 3)), dtype="float64"):
+        again = family.from_dense(layer.with_matrix(member.dense()), **size)
+        assert distance(again.dense(), member.dense()) <= 1e-9
+
+
+@OPTIMAL
+def test_no_member_is_nearer_than_the_projection(family):
+    rng = np.random.default_rng(7)
+    for layer, size, member in members(family, (*USUAL, (7, 13), (7, 5, 3, 3)), dtype="float64"):
+        best = distance(member.dense(), layer.matrix)
+        for scale in (1e-3, 1e-1, 1.0):
+            # another member by moving the factors, and (for what is discrete) by projecting another matrix
+            moved = [
+                array + scale * rng.standard_normal(array.shape) * array.std() if name in member.trainable_factors else array
+                for name, array in member.factors.items()
+            ]  # fmt: skip
+            other = layer.with_matrix(layer.matrix + scale * rng.standard_normal(layer.matrix.shape))
+            for rival in (family.from_factors(member.sizes_of, moved), family.from_dense(other, **size)):
+                assert distance(rival.dense(), layer.matrix) >= best - 1e-12
+
+
+@OPTIMAL
+def test_the_error_of_a_projection_does_not_grow_along_the_gradient(family):
+    """Stationarity: at the nearest member the squared distance has no slope in any factor."""
+    for layer, _, member in members(family, dtype="float64", count=2):
+        held = with_torch(member, requires_grad=True)
+        identity = torch.eye(member.shape[1], dtype=torch.float64)
+        loss = ((held.apply(identity).T - torch.tensor(layer.matrix)) ** 2).sum()
+        trained = [held.factors[name] for name in held.trainable_factors]
+        for gradient in torch.autograd.grad(loss, trained):
+            assert float(gradient.abs().max()) <= 1e-8 * float(loss.detach())
+
+
+@FAMILIES
+def test_projection_stays_within_every_budget(family):
+    budgets = [
+        *(Budget(max_params=f) for f in (0.9, 0.5, 0.25, 0.1, 0.04)),
+        *(Budget(max_flops=f) for f in (0.9, 0.5, 0.2)),
+        *(Budget(max_error=e) for e in (0.95, 0.8, 0.3, 1e-3)),
+        Budget(max_params=0.5, max_flops=0.5, max_error=0.9),
+    ]
+    for shape in (*USUAL, (7, 13), (30, 20), (7, 5, 3, 3)):
+        layer = make_layer(shape)
+        for budget in budgets:
+            member = family.project(layer, budget)
+            if member is None:
+                continue
+            assert budget.max_params is None or member.num_params <= budget.max_params * layer.num_params
+            assert budget.max_flops is None or member.flops(layer.rows(1)) <= budget.max_flops * layer.flops(1)
+            assert budget.max_error is None or distance(member.dense(), layer.matrix) <= budget.max_error + 1e-6
+
+
+@APPROXIMATE
+def test_projection_reaches_what_some_size_reaches(family):
+    for shape in USUAL:
+        layer = make_layer(shape)
+        for size in some_sizes(family, layer):
+            member = family.from_dense(layer, **size)
+            found = family.project(layer, member.num_params / layer.num_params * (1 + 1e-9))
+            assert found is not None, f"{family.name} has {size} but found nothing"
+            assert found.num_params <= member.num_params
+
+
+@APPROXIMATE
+def test_projection_finds_a_planted_member(family):
+    """A weight that already is a member loses nothing by a budget that the member keeps."""
+    for layer, _, member in members(family):
+        planted = layer.with_matrix(member.dense())
+        found = family.project(planted, min(1.0, member.num_params / layer.num_params * (1 + 1e-9)))
+        assert found is not None and distance(found.dense(), planted.matrix) <= 1e-5
+
+
+@APPROXIMATE
+def test_projection_answers_none_to_a_budget_nobody_can_reach(family):
+    layer = make_layer((24, 36))
+    for budget in (Budget(max_params=1e-9), Budget(max_flops=1e-9), Budget(max_error=1e-9), 1e-9):
+        assert family.project(layer, budget) is None
+
+
+@FAMILIES
+@settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_any_shape_projects_to_a_member_of_that_shape(family, data):
+    convolution = works_on_images(family) or data.draw(st.booleans())
+    kernel = data.draw(st.sampled_from([(1, 1), (3, 3), (5, 5), (1, 3)])) if convolution else ()
+    shape = (data.draw(st.integers(1, 20)), data.draw(st.integers(1, 20)), *kernel)
+    layer = make_layer(shape, "float64", data.draw(st.integers(0, 99)))
+    sizes = some_sizes(family, layer, 8)
+    if not sizes:
+        return
+    size = data.draw(st.sampled_from(sizes))
+    member = family.from_dense(layer, **size)
+    assert np.asarray(member.dense()).shape == layer.matrix.shape
+    assert abs(member.error(layer) - distance(member.dense(), layer.matrix)) <= 1e-12
+    if family.is_frobenius_optimal:  # zero is a member, at distance 1
+        assert member.error(layer) <= 1 + 1e-12
+    x = make_input(family, layer, (2,), "float64")
+    assert distance(member.apply(x), expected_output(family, layer, member, x)) <= TOLERANCE["float64"]
+
+
+# -- apply ----------------------------------------------------------------------------------------------
+
+
+@FAMILIES
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_apply_is_the_product_with_dense(family, dtype):
+    for layer, _, member in members(family, (*USUAL, (7, 13), (1, 12), (7, 5, 3, 3)), dtype, 2):
+        for lead in ((), (3,), (2, 3), (0,)):
+            x = make_input(family, layer, lead, dtype)
+            y = member.apply(x)
+            expected = expected_output(family, layer, member, x)
+            assert y.shape == expected.shape and y.dtype == x.dtype
+            assert distance(y, expected) <= TOLERANCE[dtype]
+
+
+@FAMILIES
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_apply_in_torch_equals_numpy(family, dtype):
+    for layer, _, member in members(family, (*USUAL, (7, 13), (7, 5, 3, 3)), dtype, 2):
+        held = with_torch(member, getattr(torch, dtype))
+        for lead in ((), (2, 3)):
+            x = make_input(family, layer, lead, dtype)
+            y = held.apply(torch.from_numpy(x))
+            assert isinstance(y, torch.Tensor) and y.dtype == getattr(torch, dtype)
+            assert distance(y.numpy(), expected_output(family, layer, member, x)) <= TOLERANCE[dtype]
+
+
+@FAMILIES
+def test_apply_takes_non_contiguous_inputs(family):
+    for layer, _, member in members(family, count=1):
+        x = np.repeat(make_input(family, layer, (4,), "float32"), 2, axis=-1)[..., ::2]
+        assert distance(member.apply(x), expected_output(family, layer, member, x)) <= TOLERANCE["float32"]
+
+
+@FAMILIES
+def test_gradients_of_apply_are_right(family):
+    shapes = ((6, 8), (4, 4, 3, 3), (3, 2, 5, 5))
+    for layer, _, member in members(family, shapes, "float64", 1):
+        held = with_torch(member)
+        names = list(member.factors)
+        trained = [held.factors[name].detach().requires_grad_() for name in held.trainable_factors]
+        x = torch.from_numpy(make_input(family, layer, (3,), "float64")).requires_grad_()
+
+        def output(x, *trained, held=held, names=names, family=family):
+            values = {**held.factors, **dict(zip(held.trainable_factors, trained, strict=True))}
+            return family.from_factors(held.sizes_of, [values[name] for name in names]).apply(x)
+
+        assert torch.autograd.gradcheck(output, (x, *trained), fast_mode=True)
+
+
+# -- accounts and storage -------------------------------------------------------------------------------
+
+
+@FAMILIES
+def test_error_is_the_relative_distance_in_float64(family):
+    for layer, _, member in members(family):
+        assert member.error(layer) == pytest.approx(distance(member.dense(), layer.matrix), rel=1e-5, abs=1e-7)
+        assert member.error(layer.weight) == member.error(layer)
+
+
+@FAMILIES
+def test_parameters_bytes_and_operations_are_counted(family):
+    for layer, _, member in members(family):
+        factors = {name: np.asarray(array) for name, array in member.factors.items()}
+        assert set(member.trainable_factors) <= set(factors)
+        assert member.num_params == sum(factors[name].size for name in member.trainable_factors)
+        assert member.num_bytes == sum(array.nbytes for array in factors.values())
+        assert 0 < member.flops(1) <= member.flops(7) <= member.flops(1000)
+        assert member.shape == layer.matrix.shape == np.asarray(member.dense()).shape
+        assert isinstance(member.describe(), str) and member.describe()
+
+
+@FAMILIES
+def test_factors_and_sizes_rebuild_the_member_through_json(family):
+    for _, _, member in members(family, (*USUAL, (7, 5, 3, 3))):
+        sizes = json.loads(json.dumps(member.sizes_of))
+        again = family.from_factors(sizes, list(member.factors.values()))
+        assert again.sizes_of == member.sizes_of
+        assert again.describe() == member.describe()
+        assert again.num_params == member.num_params
+        np.testing.assert_array_equal(again.dense(), member.dense())
+
+
+@FAMILIES
+def test_float_types_of_weights_are_kept(family):
+    for dtype in ("float16", "float32", "float64"):
+        for layer, _, member in members(family, dtype=dtype, count=1):
+            assert all(member.factors[name].dtype == dtype for name in member.trainable_factors)
+            assert np.asarray(member.dense()).dtype == dtype
+            assert np.isfinite(member.error(layer))
+
+
+@FAMILIES
+def test_layout_of_the_weight_in_memory_does_not_matter(family):
+    for shape in USUAL:
+        layer = make_layer(shape)
+        reversed_axes = np.ascontiguousarray(layer.weight.T).T
+        every_second = np.repeat(layer.weight, 2, axis=1)[:, ::2]
+        for size in some_sizes(family, layer, 1):
+            expected = family.from_dense(layer, **size).dense()
+            for weight in (reversed_axes, every_second):
+                assert not weight.flags.c_contiguous
+                assert distance(family.from_dense(as_layer(weight), **size).dense(), expected) <= 1e-6
+
+
+@FAMILIES
+@pytest.mark.parametrize(
+    "weight",
+    [
+        np.zeros((0, 4), np.float32),
+        np.zeros((4, 0), np.float32),
+        np.zeros((4, 0, 3, 3), np.float32),
+        np.array([[1.0, np.nan]]),
+        np.array([[1.0, np.inf]]),
+        np.ones((4, 4), np.int32),
+        np.ones((4, 4), bool),
+        np.ones((4, 4), complex),
+        np.ones(4),
+        np.ones((4, 4, 3)),
+        "weight",
+    ],
+    ids=["no rows", "no columns", "no channels", "nan", "inf", "int", "bool", "complex", "1-d", "3-d", "text"],
+)
+def test_weights_that_are_none_are_refused(family, weight):
+    with pytest.raises(ModelError, match="weight"):
+        family.detect(weight)
+    with pytest.raises(ModelError, match="weight"):
+        family.project(weight, 0.5)
