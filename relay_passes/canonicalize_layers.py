@@ -45,7 +45,7 @@ class CanonicalizeLayers:
         function = main_of(mod)
         params = weights_of(function, self.params)
         names = tied_names(function, params, self.names)
-        mod = _Canonicalizer(mod, WeightFolder(mod, function, params, names)).run(function)
+        mod = _Canonicalizer(mod, function, WeightFolder(mod, function, params, names)).run(function)
         mod = relax.transform.BindParams("main", params)(mod)
         mod.update_func(mod.get_global_var("main"), mod["main"].without_attr("params"))  # the importers' own values
         return mod
@@ -108,11 +108,16 @@ def tied_names(function: Any, params: Mapping[str, Array], names: Mapping[str, s
 
 @mutator
 class _Canonicalizer(PyExprMutator):
-    """Also what the matchers see: `weights`, `names`, `visit` (rewrite an input), `emit` (bind an expression)."""
+    """Also what the matchers see.
 
-    def __init__(self, mod: Any, weights: WeightFolder) -> None:
+    Of the function as it was: `weights`, `reads`, `lookup` and `source`. For the new one: `names`, `visit` (rewrite an
+    input) and `emit` (bind an expression).
+    """
+
+    def __init__(self, mod: Any, function: Any, weights: WeightFolder) -> None:
         super().__init__(mod)
         self.mod, self.weights, self.names = mod, weights, LayerNames(find_calls(mod))
+        self.reads, self.lookup = count_uses(function), weights.bindings.get
 
     def run(self, function: Any) -> Any:
         rewritten = relax.analysis.remove_all_unused(self.visit_expr(function))

@@ -23,6 +23,7 @@ from tvm_structured.relay_passes.expressions import (
     shape_of,
 )
 from tvm_structured.relay_passes.fold_weights import Weight
+from tvm_structured.relay_passes.match_gelu import gelu_argument
 from tvm_structured.schedules.base import Epilogue
 from tvm_structured.structures.layer import Array
 
@@ -136,7 +137,7 @@ def without_factor(ctx: Any, x: Any) -> tuple[Any, float]:
             plain, alpha = without_factor(ctx, source.args[0])
             if alpha != 1.0:
                 return ctx.emit(relax.op.permute_dims(plain, list(permutation(source)))), alpha
-        case "relax.multiply":
+        case "relax.multiply" if gelu_argument(ctx, source) is None:  # the 0.5 of a gelu stays with it
             for factor, other in (source.args, list(reversed(source.args))):
                 value = ctx.weights.array(factor)
                 if value is not None and value.size == 1 and same_shape(static_shape(other), static_shape(x)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tvm_structured.schedules.base import Config, ConvGeometry, Epilogue, Kernel, Site
+from tvm_structured.schedules.block_circulant import BlockCirculantKernel
 from tvm_structured.schedules.conv2d import Conv2dKernel
 from tvm_structured.schedules.cpu import Cpu
 from tvm_structured.schedules.dense import DenseKernel
@@ -16,6 +17,7 @@ KERNELS: dict[str, Kernel] = {
     for kernel in (
         DenseKernel(),
         Conv2dKernel(),
+        BlockCirculantKernel(),
         LowRankKernel(),
         PermutedDiagonalKernel(),
         TensorTrainKernel(),

@@ -27,7 +27,10 @@ TABLE_BLOCKS = 4  # blocks that are transformed at once
 
 
 def configs(structure: BlockCirculant, rows: Extent, cpu: Cpu) -> list[Config]:
-    """`ni` vectors of block rows at once: wide streams, unless padding or idle threads cost more. None for more than MOST_ROWS."""
+    """`ni` vectors of block rows at once: wide streams, unless padding or idle threads cost more.
+
+    Nothing for more than MOST_ROWS rows.
+    """
     if not isinstance(rows, int) or rows > MOST_ROWS:
         return []
     vectors = -(-structure.c.shape[0] // cpu.lanes)
@@ -181,7 +184,7 @@ class FewRows:
         row_blocks(self.width, TABLE_BLOCKS, lambda i, count: self.invert(group, i, count))
 
     def frequency(self, group: Any, f: Any, is_edge: bool) -> None:
-        """products[row, f] = sum_j weight[f, j] * spectra[row, j, f]; the edge is two real numbers, not a complex one."""
+        """products[row, f] = sum_j weight[f, j] * spectra[row, j, f]; the edge is two reals, not a complex number."""
         e, ni = self.e, self.config["ni"]
         kinds = ("rr", "ii") if is_edge else ("rr", "ii", "ri", "ir")
         # one accumulator for each of the four products: sums of two would wait for each other

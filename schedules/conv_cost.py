@@ -44,7 +44,9 @@ def all_configs(shape: ImageShape, cpu: Cpu) -> Iterator[Config]:
 def strip_heights(shape: ImageShape) -> list[int]:
     """The image cut into 1, 2, 3, ... strips of nearly equal height, few enough to look at all of them."""
     height = shape.output[0]
-    counts = [n for n in range(1, 17) if n <= height] + [n for n in (20, 24, 28, 32, 40, 48, 56, 64, 96, 112, 128) if n <= height]
+    counts = [n for n in range(1, 17) if n <= height] + [
+        n for n in (20, 24, 28, 32, 40, 48, 56, 64, 96, 112, 128) if n <= height
+    ]
     return sorted({-(-height // n) for n in counts}, reverse=True)
 
 

@@ -57,7 +57,6 @@ class Units:
         count = per_part if self.blocks % self.parts == 0 else tirx.min(per_part, self.blocks - first)
         return image, group, first_row, first, count
 
-
     def num_outs(self, first: Any, size: int) -> Extent:
         """How many of the `size` output channels from `first` on exist in a group."""
         return size if self.shape.outs % self.block == 0 else tirx.max(tirx.min(size, self.shape.outs - first), 0)

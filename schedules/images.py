@@ -13,6 +13,7 @@ from tvm_structured.errors import KernelNotFoundError, ModelError
 from tvm_structured.schedules.base import Epilogue, Extent, Site
 from tvm_structured.schedules.emit import Emitter, arg, either, i64, serial
 from tvm_structured.schedules.epilogue import activate
+from tvm_structured.schedules.shuffles import deinterleave
 
 
 MOST_LANES = 16
@@ -135,18 +136,6 @@ class ImageWriter:
             e.store_masked(self.y, value, mask, *index)
 
 
-def deinterleave(e: Emitter, vectors: Sequence[Any]) -> list[Any]:
-    """n vectors as one run of numbers -> n vectors, of which number i holds every n-th from i on; n a power of two."""
-    if len(vectors) == 1:
-        return list(vectors)
-    even, odd = range(0, 2 * e.lanes, 2), range(1, 2 * e.lanes, 2)
-    pairs = list(zip(vectors[::2], vectors[1::2], strict=True))
-    found: list[Any] = [None] * len(vectors)
-    found[::2] = deinterleave(e, [e.bind(e.shuffle(a, b, even)) for a, b in pairs])
-    found[1::2] = deinterleave(e, [e.bind(e.shuffle(a, b, odd)) for a, b in pairs])
-    return found
-
-
 def transpose(e: Emitter, rows: Sequence[Any]) -> list[Any]:
     """At most `lanes` vectors, the rows of a square -> its columns. Rows that are missing at the end read as zero."""
     return deinterleave(e, [*rows, *([e.splat(0.0)] * (e.lanes - len(rows)))])
@@ -189,28 +178,35 @@ class PaddedCopy:
 
         Everything that a vector can reach is written: a denormal number left in memory would be slow to multiply.
         """
-        height, width = self.shape.image
-        top = self.shape.padding[0]
-        downs = sorted({down for down, _ in self.phases})
-
+        used = len(self.phases) * self.plane
         with serial(0, self.shape.channels) as channel:
-            base = channel * self.channel_size
-            for down in downs:
+            start = channel * self.channel_size
+            for down in sorted({down for down, _ in self.phases}):
                 planes = {right: i * self.plane for i, (d, right) in enumerate(self.phases) if d == down}
-                with serial(0, self.rows) as r:
-                    row = first_row + r * self.stride[0] + (down - top)
-                    start = base + r * self.pitch
-                    either(
-                        tirx.all(row >= 0, row < height),
-                        lambda: self.copy_row(
-                            e, (source, image, first_channel + channel, row * width), target, start, planes
-                        ),
-                        lambda: [zero_fill(e, target, start + at, self.pitch) for at in planes.values()] and None,
-                    )
+                first = first_row + (down - self.shape.padding[0])
+                self.fill_planes(e, (source, image, first_channel + channel), target, start, first, planes)
             for index in range(len(self.phases)):
-                zero_fill(e, target, base + ((index + 1) * self.plane - 2 * MOST_LANES), 2 * MOST_LANES)
-            zero_fill(e, target, base + len(self.phases) * self.plane, self.channel_size - len(self.phases) * self.plane)
+                zero_fill(e, target, start + ((index + 1) * self.plane - 2 * MOST_LANES), 2 * MOST_LANES)
+            zero_fill(e, target, start + used, self.channel_size - used)
         zero_fill(e, target, self.shape.channels * self.channel_size, self.slack)
+
+    def fill_planes(
+        self, e: Emitter, source: tuple[Any, ...], target: Any, start: Any, first_row: Any, planes: dict[int, int]
+    ) -> None:
+        """All rows of the planes {column phase: offset}, which share the image's rows; rows outside are zero."""
+        height, width = self.shape.image
+
+        def clear(at: Any) -> None:
+            for offset in planes.values():
+                zero_fill(e, target, at + offset, self.pitch)
+
+        with serial(0, self.rows) as r:
+            row, at = first_row + r * self.stride[0], start + r * self.pitch
+            either(
+                tirx.all(row >= 0, row < height),
+                lambda: self.copy_row(e, (*source, row * width), target, at, planes),
+                lambda: clear(at),
+            )
 
     def copy_row(self, e: Emitter, source: tuple[Any, ...], target: Any, start: Any, planes: dict[int, int]) -> None:
         """One row of the image into a row of each plane {column phase: offset}, with zeros left and right of it.
@@ -227,7 +223,7 @@ class PaddedCopy:
         }
         for right, at in planes.items():
             zero_fill(e, target, start + at, bounds[right][0])
-        if stride & (stride - 1) or stride > e.lanes:
+        if stride > e.lanes:
             buffer, *lead, pixel = source
             for right, at in planes.items():
                 first, last = bounds[right]
@@ -241,7 +237,7 @@ class PaddedCopy:
             zero_fill(e, target, start + (at + last), self.pitch - last)
 
     def split_row(self, e: Emitter, source: tuple[Any, ...], target: Any, start: Any, planes: dict[int, int]) -> None:
-        """`stride` vectors at a time, deinterleaved: a power of two."""
+        """`stride` vectors at a time, deinterleaved."""
         stride, width, left = self.stride[1], self.shape.image[1], self.shape.padding[1]
         step = stride * e.lanes
         needed = min(width, self.pitch * stride - left)

@@ -10,9 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import tvm_ffi
-from tvm import s_tir, tirx
+from tvm import s_tir, sym, tirx
 from tvm.ir import IRModule
 from tvm.ir.transform import Sequential
+
+from tvm_structured.schedules.nest import uses
 
 PARTITION = "pragma_loop_partition_hint"  # TVM's LoopPartition reads it
 
@@ -58,10 +60,54 @@ def lower_loops(func: Any) -> Any:
         ]
     )
     lowered = lower(IRModule({"main": func}))["main"]
-    whole = lowered.with_body(tvm_ffi.structural_map(lowered.body, (tirx.For, whole_vectors)))
-    # The pieces repeat names which their bodies bind
+    for rewrite in (shorten, whole_vectors):
+        lowered = lowered.with_body(tvm_ffi.structural_map(lowered.body, (tirx.For, rewrite)))
+    # Pieces repeat names which their bodies bind
     finish = Sequential([tirx.transform.ConvertSSA(), passes.StmtSimplify()])
-    return finish(IRModule({"main": whole}))["main"]
+    lowered = finish(IRModule({"main": lowered}))["main"]
+    # Relax's RewriteDataflowReshape insists on a block around the body
+    root = s_tir.SBlock([], [], [], "root", lowered.body)
+    return lowered.with_body(s_tir.SBlockRealize([], True, root))
+
+
+def shorten(loop: Any) -> Any:
+    """for v in unroll(4): if base + v < n: ...  -->  for v in range(min(4, n - base)): ...
+
+    What LoopPartition leaves of a tile of symbolic size. A condition on other variables moves out of the loop.
+    """
+    guard = loop.body
+    if loop.kind not in SHORT_LOOPS or not isinstance(guard, tirx.IfThenElse) or guard.else_case is not None:
+        return loop
+    extent, kind, outside = loop.extent, loop.kind, []
+    for condition in conjuncts(guard.condition):
+        if not uses(condition, [loop.loop_var]):
+            outside.append(condition)
+            continue
+        bound = upper_bound(condition, loop.loop_var)
+        if bound is None:
+            return loop
+        extent, kind = tirx.min(extent, bound), tirx.ForKind.SERIAL
+    body = tirx.For(loop.loop_var, loop.min, extent, kind, guard.then_case)
+    for condition in outside:
+        body = tirx.IfThenElse(condition, body, None)
+    return body
+
+
+SHORT_LOOPS = (tirx.ForKind.VECTORIZED, tirx.ForKind.UNROLLED)
+
+
+def conjuncts(condition: Any) -> list[Any]:
+    if isinstance(condition, tirx.And):
+        return conjuncts(condition.a) + conjuncts(condition.b)
+    return [condition]
+
+
+def upper_bound(condition: Any, variable: Any) -> Any | None:
+    """b where the condition says variable < b, else None."""
+    if not isinstance(condition, tirx.LT):
+        return None
+    coefficients = sym.detect_linear_equation(condition.b - condition.a, [variable])
+    return coefficients[1] if coefficients and sym.Analyzer().can_prove_equal(coefficients[0], -1) else None
 
 
 def whole_vectors(loop: Any) -> Any:
@@ -69,7 +115,11 @@ def whole_vectors(loop: Any) -> Any:
 
     LLVM keeps vectors of other sizes than powers of two in memory.
     """
-    if loop.kind != tirx.ForKind.VECTORIZED or not isinstance(loop.extent, tirx.IntImm):
+    if loop.kind not in SHORT_LOOPS:
+        return loop
+    if not isinstance(loop.extent, tirx.IntImm):  # TVM neither unrolls nor vectorises it; LLVM may
+        return tirx.For(loop.loop_var, loop.min, loop.extent, tirx.ForKind.SERIAL, loop.body)
+    if loop.kind == tirx.ForKind.UNROLLED:
         return loop
     rest, start, pieces = int(loop.extent), 0, []
     while rest:

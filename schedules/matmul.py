@@ -9,7 +9,7 @@ from typing import Any
 from tvm_structured.schedules.cpu import Cpu
 from tvm_structured.schedules.injective import PARALLEL_WORK, schedule_injective
 from tvm_structured.schedules.loops import partition, tile
-from tvm_structured.schedules.nest import Loop, Nest, depth_of, extent_of, nest_of, open_schedule, product, same_extent
+from tvm_structured.schedules.nest import Loop, Nest, bound_by_extents, depth_of, extent_of, nest_of, open_schedule, product, same_extent
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def counterpart(main: Nest, loop: Loop, sink: Nest) -> Loop | None:
     reads = [index for index, buffer in enumerate(sink.buffers) if buffer.same_as(main.buffers[0])]
     for candidate in sink.loops:
         strides = [candidate.strides[index] for index in reads]
-        if same_extent(candidate.extent, loop.extent) and strides and all(s == loop.strides[0] for s in strides):
+        if same_extent(candidate.extent, loop.extent) and strides and all(same_extent(s, loop.strides[0]) for s in strides):
             return candidate
     return None
 
@@ -155,11 +155,12 @@ def schedule_product(main: Nest, epilogue: Nest | None, cpu: Cpu) -> None:
     sch.compute_at(block, outer[-1], preserve_unit_loops=True)
     sch.unroll(row)
     sch.vectorize(lane)
+    partition(sch, row, lane)
     depth = depth_of(sch, block, outer[-1])
     inside = nest_of(sch, block, skip=depth)
     assert inside is not None
-    tiled = [loop for loop in inside.spatial if loop.strides[1:] == roles.reuse.strides[1:]]
-    across = [loop for loop in inside.spatial if loop.strides[1:] == roles.lanes.strides[1:]]
+    tiled = [loop for loop in inside.spatial if same_loads(loop, roles.reuse)]
+    across = [loop for loop in inside.spatial if same_loads(loop, roles.lanes)]
     reduced = [loop.rv for loop in inside.reduced]
     sch.reorder(*reduced, *(loop.rv for loop in tiled + across))
     for loop in tiled:
@@ -169,25 +170,24 @@ def schedule_product(main: Nest, epilogue: Nest | None, cpu: Cpu) -> None:
     partition(sch, *(loop.rv for loop in tiled + across))
     start = sch.decompose_reduction(block, reduced[0])
     partition(sch, *sch.get_loops(start)[depth:])
+    for accumulating in (start, block):
+        bound_by_extents(sch, accumulating)
 
 
 def tile_buffer(main: Nest, roles: Roles, rows: int, columns: int) -> None:
     """Store tiles of accumulators in one piece. Else TVM cannot bound a tile of symbolic extents, and reserves it all."""
-    sizes = {}
-    for loop, size in ((roles.reuse, rows), (roles.lanes, columns)):
-        if isinstance(loop.extent, int):
-            continue
-        sizes[dimension_of(main.buffers[0], loop)] = size
-    if sizes:
-        main.sch.transform_layout(
-            main.block,
-            ("write", 0),
-            lambda *index: [
-                *(i // sizes[d] if d in sizes else i for d, i in enumerate(index)),
-                *(index[d] % size for d, size in sizes.items()),
-            ],
-            assume_injective_transform=True,
-        )
+    if isinstance(roles.reuse.extent, int) and isinstance(roles.lanes.extent, int):
+        return
+    sizes = {dimension_of(main.buffers[0], roles.reuse): rows, dimension_of(main.buffers[0], roles.lanes): columns}
+    main.sch.transform_layout(
+        main.block,
+        ("write", 0),
+        lambda *index: [
+            *(i // sizes[d] if d in sizes else i for d, i in enumerate(index)),
+            *(index[d] % size for d, size in sizes.items()),
+        ],
+        assume_injective_transform=True,
+    )
 
 
 def dimension_of(buffer: Any, loop: Loop) -> int:
@@ -199,6 +199,10 @@ def dimension_of(buffer: Any, loop: Loop) -> int:
             return dimension
         stride = stride * extent
     raise AssertionError(f"no dimension of {buffer.name} has stride {loop.strides[0]}")
+
+
+def same_loads(a: Loop, b: Loop) -> bool:
+    return all(same_extent(x, y) for x, y in zip(a.strides[1:], b.strides[1:], strict=True))
 
 
 def tile_loops(

@@ -264,7 +264,7 @@ def predicate_of(sch: Any, block: Any) -> Predicate | None:
 def restore_predicate(sch: Any, block: Any, predicate: Predicate) -> None:
     """Last of all: primitives refuse blocks with such a condition."""
     condition, old_values = predicate
-    realize, innermost = get_sblockrealize(sch, block), sch.get_loops(block)[-1]
+    realize = get_sblockrealize(sch, block)
 
     def moved(variable: Any) -> Any:
         pairs = zip(old_values, realize.iter_values, strict=True)
@@ -273,6 +273,24 @@ def restore_predicate(sch: Any, block: Any, predicate: Predicate) -> None:
     condition = tvm_ffi.structural_map(condition, (tirx.Var, moved))
     if not isinstance(realize.predicate, tirx.IntImm):
         condition = tirx.And(realize.predicate, condition)
+    set_predicate(sch, block, condition)
+
+
+def bound_by_extents(sch: Any, block: Any) -> None:
+    """Let a block run where its iteration variables are within their extents, and ask for nothing else.
+
+    With symbolic extents `compute_at` derives conditions that are true but too involved to be simplified again.
+    """
+    realize = get_sblockrealize(sch, block)
+    condition: Any = tirx.const(True, "bool")
+    for iteration, value in zip(realize.block.iter_vars, realize.iter_values, strict=True):
+        if not isinstance(iteration.dom.extent, tirx.IntImm):
+            condition = tirx.And(condition, value < iteration.dom.extent)
+    set_predicate(sch, block, condition)
+
+
+def set_predicate(sch: Any, block: Any, condition: Any) -> None:
+    realize, innermost = get_sblockrealize(sch, block), sch.get_loops(block)[-1]
     old = sch.get(innermost)
     body = s_tir.SBlockRealize(realize.iter_values, condition, realize.block)
     loop = tirx.For(old.loop_var, old.min, old.extent, old.kind, body, old.thread_binding, old.annotations)
@@ -359,10 +377,13 @@ def can_collapse(outer: Loop, inner: Loop) -> bool:
     if outer.is_reduction != inner.is_reduction or outer.branches or inner.branches:
         return False
     return all(
-        o is not None and i is not None and same_extent(o, i * inner.extent)
+        i is not None and same_extent(o, i * inner.extent)
         for o, i in zip(outer.strides, inner.strides, strict=True)
     )
 
 
 def same_extent(a: Any, b: Any) -> bool:
+    """Whether two extents or strides are provably equal; unknown ones (None) never are."""
+    if a is None or b is None:
+        return False
     return a == b if isinstance(a, int) and isinstance(b, int) else bool(sym.Analyzer().can_prove_equal(a, b))

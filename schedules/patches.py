@@ -87,9 +87,7 @@ def pixels_to_rows(e: Emitter, shape: ImageShape, x: Any, y: Any) -> None:
             shape.channels,
             count,
             lambda channel, pixel, mask: vector_load(e, x, mask, image, channel, first + pixel),
-            lambda pixel, channel, value, mask: vector_store(
-                e, y, value, mask, image * total + first + pixel, channel
-            ),
+            lambda pixel, channel, value, mask: vector_store(e, y, value, mask, image * total + first + pixel, channel),
         )
 
     total = shape.output[0] * shape.output[1]

@@ -80,7 +80,7 @@ def agree_on_exchange(nests: Sequence[Nest], position: int) -> bool:
         for index, (buffer, stride) in enumerate(zip(nest.buffers, strides, strict=True)):
             if index < nest.num_stores:
                 written.append((buffer, stride))
-            elif any(b.same_as(buffer) and (stride is None or stride != s) for b, s in written):
+            elif any(b.same_as(buffer) and not same_extent(stride, s) for b, s in written):
                 return False
     return True
 

@@ -36,12 +36,12 @@ class WinogradKernel(Kernel):
         """G g G^T as (blocks, points^2, in, nr * lanes), or with points first where they are staged: as it is read."""
         assert isinstance(structure, Winograd)
         transformed = structure.transformed_weight()
-        points, _, out, inner = transformed.shape
+        points, out, inner = transformed.shape
         width = config["nr"] * site.cpu.lanes
         blocks = -(-out // width)
-        padded = np.zeros((points * points, blocks * width, inner), np.float32)
-        padded[:, :out] = transformed.reshape(points * points, out, inner)
-        packed = padded.reshape(points * points, blocks, width, inner).swapaxes(2, 3)
+        padded = np.zeros((points, blocks * width, inner), np.float32)
+        padded[:, :out] = transformed
+        packed = padded.reshape(points, blocks, width, inner).swapaxes(2, 3)
         return {"weight": np.ascontiguousarray(packed.swapaxes(0, 1) if config["order"] == "fused" else packed)}
 
     def prim_func(self, structure: Structure, site: Site, config: Config) -> Any:
@@ -90,7 +90,7 @@ def gemm(
     panel: Callable[[Any, int], Any],
     store: Callable[[Any, int, Any], None],
 ) -> None:
-    """store(row, q, vector) of sum_k load(row, k) * panel(k, q); the last block of rows overlaps where some are left."""
+    """store(row, q, vector) of sum_k load(row, k) * panel(k, q); where rows are left the last block overlaps."""
     mr, nr = config["mr"], config["nr"]
 
     def block(first: Any) -> None:
@@ -149,9 +149,7 @@ def fused(e: Emitter, grid: TileGrid, config: Config, x: Any, weight: Any, write
                     place,
                     first,
                     tirx.max(tirx.min(lanes, shape.outs - first), 0),
-                    lambda point, r, c: e.load(
-                        sums, point * sum_stride + (r * grid.columns + c) * width + q * lanes
-                    ),
+                    lambda point, r, c: e.load(sums, point * sum_stride + (r * grid.columns + c) * width + q * lanes),
                 )
 
 

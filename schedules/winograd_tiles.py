@@ -12,7 +12,6 @@ from fractions import Fraction
 from typing import Any
 
 from tvm import tirx
-from tvm.tirx.script.builder import ir as I
 
 from tvm_structured.schedules.base import Extent
 from tvm_structured.schedules.emit import Emitter, either, local, scratch, serial

@@ -20,3 +20,13 @@ def run_kernel():
     import kernel_harness
 
     return kernel_harness.run_kernel
+
+
+@pytest.fixture(scope="session")
+def guarded():
+    """guarded(function, *args): run in another process, where kernels may crash; see GuardedWorker."""
+    import kernel_harness
+
+    worker = kernel_harness.GuardedWorker()
+    yield worker.run
+    worker.close()

@@ -11,7 +11,10 @@ import functools
 import math
 import mmap
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
@@ -199,6 +202,67 @@ def run_kernel(
     }
     linear = dense_reference(structure, x) if conv is None else conv_reference(structure, x, conv)
     return KernelRun(built.run(x, operands, y_shape, allocate), finish(linear, built.epilogue, operands))
+
+
+def check_guarded(
+    structure: Structure, rows: Sequence[int], *, symbolic: bool = False, tolerance: float = 1e-5, **options: Any
+) -> int:
+    """Run a kernel for several numbers of rows on buffers that end, then on buffers that begin, at a protected page.
+
+    Raises AssertionError unless both give the same and right result. Returns how many were run; 0: no such config.
+    """
+    built = None
+    for count in rows:
+        if built is None or not symbolic:
+            image = options.get("image", (0, 0))
+            built = build_kernel(structure, None if symbolic else count, **options)
+        if built is None:
+            return 0
+        at_end, at_start = (
+            run_kernel(
+                structure, count, built=built, image=image, allocate=functools.partial(guarded_buffer, at_end=end)
+            )
+            for end in (True, False)
+        )
+        at_end.check(tolerance)
+        assert np.array_equal(at_end.y, at_start.y), "two runs of one kernel on the same input differ"
+    return len(rows)
+
+
+def check_all_guarded(cases: Sequence[dict[str, Any]]) -> int:
+    """`check_guarded` of many cases; the message of a failure begins with the case."""
+    total = 0
+    for case in cases:
+        try:
+            total += check_guarded(**case)
+        except Exception as error:
+            structure = case["structure"]
+            rest = {key: value for key, value in case.items() if key != "structure"}
+            what = f"{structure.name} {structure.shape} {structure.describe()} {rest}"
+            raise AssertionError(f"{what}: {error}") from error
+    return total
+
+
+class GuardedWorker:
+    """A process that runs kernels, so that one which leaves its buffers ends that process and not the tests."""
+
+    def __init__(self) -> None:
+        self.pool = self.start()
+
+    @staticmethod
+    def start() -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """function(*args) over there; AssertionError where it crashed."""
+        try:
+            return self.pool.submit(function, *args).result()
+        except BrokenProcessPool as error:
+            self.pool = self.start()
+            raise AssertionError(f"the process crashed: out of bounds in one of {args}") from error
+
+    def close(self) -> None:
+        self.pool.shutdown()
 
 
 # -- references in float64 ------------------------------------------------------------------------------

@@ -15,10 +15,14 @@ from graph_harness import (
     check_fused,
     const,
     fused,
+    node,
     only_call,
+    onnx_model,
+    onnx_runtime,
     operators,
     relax_main,
     run,
+    run_on_kernels,
     weight,
 )
 from hypothesis import given, settings
@@ -126,6 +130,7 @@ def test_a_residual_block_is_nothing_but_layers() -> None:
     assert calls["convs.0.weight"] == Epilogue(True, True, activation="clip", high=6.0)
     assert calls["convs.2.weight"] == Epilogue(True, True, True, "relu")
     np.testing.assert_allclose(run(mod, x), net(x).detach().numpy(), **CLOSE)
+    np.testing.assert_allclose(run_on_kernels(mod, x), net(x).detach().numpy(), **CLOSE)
 
 
 def test_a_transformer_block_keeps_only_attention_norms_and_layers() -> None:
@@ -138,6 +143,7 @@ def test_a_transformer_block_keeps_only_attention_norms_and_layers() -> None:
     assert calls["0.linear1.weight"] == Epilogue(bias=True, activation="gelu")
     assert calls["0.linear2.weight"] == Epilogue(bias=True, residual=True)
     np.testing.assert_allclose(run(mod, x), net(x).detach().numpy(), **CLOSE)
+    np.testing.assert_allclose(run_on_kernels(mod, x), net(x).detach().numpy(), **CLOSE)
 
 
 def test_onnx_batch_normalisation_and_unused_statistics() -> None:

@@ -7,21 +7,30 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import tvm
 from graph_harness import (
     CLOSE,
     canonical,
     check_torch,
+    const,
     node,
+    only_call,
     onnx_model,
     onnx_runtime,
     operators,
+    relax_main,
     run,
     weight,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from tvm import relax
 from tvm_structured import dialect
+from tvm_structured.relay_passes.canonicalize_layers import CanonicalizeLayers
 from tvm_structured.relay_passes.find_layers import find_calls, find_layers
+from tvm_structured.schedules.base import Epilogue
 
 # torch's own export and serialisation code warns of its own deprecations
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
@@ -155,3 +164,85 @@ def test_a_reparametrised_weight_is_named_by_its_largest_parameter() -> None:
     (call,) = [c for calls in find_calls(check_torch(net, torch.randn(2, 5))).values() for c in calls]
     assert call.layer == "parametrizations.weight.original1"
     np.testing.assert_allclose(call.to_layer().weight, net.weight.detach().numpy(), rtol=1e-6)
+
+
+def test_a_factor_of_the_input_becomes_the_scale() -> None:
+    mod = CanonicalizeLayers()(
+        relax_main(lambda emit, x: relax.op.matmul(emit(relax.op.multiply(x, const(0.25))), const(W56)), (3, 5))
+    )
+    call = only_call(mod)
+    assert call.epilogue == Epilogue(scale=True)
+    assert np.array_equal(call.operands[0].value.numpy(), np.full(6, 0.25, "f4"))
+
+
+# -- property: any chain of spellings ------------------------------------------------------------------------
+
+SPELLINGS = (
+    "right",
+    "permuted",
+    "permuted_default",
+    "left",
+    "scaled",
+    "stack",
+    "einsum",
+    "concat",
+    "split",
+    "factor",
+    "linear",
+)
+
+
+def spelled(kind: str, emit: Any, x: Any, w: np.ndarray) -> Any:
+    """x (rows, in) times w (out, in) transposed, in one of the spellings."""
+    op = relax.op
+    match kind:
+        case "right":
+            return op.matmul(x, const(w.T))
+        case "permuted":
+            return op.matmul(x, emit(op.permute_dims(const(w), [1, 0])))
+        case "permuted_default":
+            return op.matmul(x, emit(op.permute_dims(const(w))))
+        case "left":
+            return op.permute_dims(emit(op.matmul(const(w), emit(op.permute_dims(x)))))
+        case "scaled":
+            return op.matmul(x, emit(op.multiply(const(w.T / 4), const(4.0))))
+        case "stack":
+            batch = emit(op.matmul(emit(op.expand_dims(x, 0)), emit(op.expand_dims(const(w.T), 0))))
+            return op.squeeze(batch, [0])
+        case "einsum":
+            return op.einsum((const(w), x), "oi,bi->bo")
+        case "concat":
+            return op.matmul(x, emit(op.concat([const(w.T[:1]), const(w.T[1:])], axis=0)))
+        case "split":
+            both = emit(op.split(const(np.concatenate([w.T, w.T + 1], axis=1)), 2, axis=1))
+            return op.matmul(x, emit(relax.TupleGetItem(both, 0)))
+        case "factor":
+            return op.matmul(emit(op.multiply(const(0.5), x)), const(w.T * 2))
+        case "linear":
+            return op.linear(x, const(w))
+    raise ValueError(kind)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    kinds=st.lists(st.sampled_from(SPELLINGS), min_size=1, max_size=4),
+    widths=st.lists(st.integers(1, 9), min_size=5, max_size=5),
+    rows=st.sampled_from([1, 3, "n"]),
+    seed=st.integers(0, 1000),
+)
+def test_any_chain_of_spellings_keeps_its_meaning(kinds: list[str], widths: list[int], rows: Any, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    kinds = ["right" if kind == "concat" and widths[i] < 2 else kind for i, kind in enumerate(kinds)]
+    weights = [weight(rng, widths[i + 1], widths[i]) for i in range(len(kinds))]
+
+    def body(emit: Any, x: Any) -> Any:
+        for kind, w in zip(kinds, weights, strict=True):
+            x = emit(spelled(kind, emit, x, w))
+        return x
+
+    mod = canonical(relax_main(body, (tvm.tirx.Var("n", "int64") if rows == "n" else rows, widths[0])))
+    assert {"relax.matmul", "relax.einsum", "relax.multiply"}.isdisjoint(operators(mod))
+    x = expected = weight(rng, 3 if rows == "n" else rows, widths[0])
+    for w in weights:
+        expected = expected.astype(np.float64) @ w.T.astype(np.float64)
+    np.testing.assert_allclose(run(mod, x), expected, rtol=1e-4, atol=1e-4 * max(1.0, np.abs(expected).max()))

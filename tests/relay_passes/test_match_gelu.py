@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from graph_harness import (
     weight,
 )
 from tvm_structured import dialect
+from tvm_structured.relay_passes.find_layers import find_calls
 from tvm_structured.schedules.base import Epilogue
 
 # torch's own export and serialisation code warns of its own deprecations
@@ -61,6 +63,21 @@ def test_gelu_written_with_erf_is_recognised(case: str) -> None:
     mod = canonical(model)
     assert only_call(mod).epilogue == Epilogue(bias=True, activation="gelu")
     x = 3 * weight(RNG, 4, 5)
+    np.testing.assert_allclose(run(mod, x), onnx_runtime(model, x), **CLOSE)
+
+
+@pytest.mark.parametrize("case", GELUS)
+def test_gelu_between_two_layers_belongs_to_the_first(case: str) -> None:
+    """The factor of the second layer's input is no scale of that layer if it is the half of a gelu."""
+    *begin, last = copy.deepcopy(GELUS[case])
+    last.output[0] = "activated"
+    nodes = [node("MatMul", "x w", "h"), *begin, last, node("MatMul", "activated v", "y")]
+    model = onnx_model(nodes, {"w": W56, "v": weight(RNG, 6, 3), **ROOT, **ONE, **HALF}, (4, 5), (4, 3))
+    mod = canonical(model)
+    calls = find_calls(mod)
+    assert operators(mod) == ["relax.structured.dense"] * 2
+    assert (calls["w"][0].epilogue, calls["v"][0].epilogue) == (Epilogue(activation="gelu"), Epilogue())
+    x = weight(RNG, 4, 5)
     np.testing.assert_allclose(run(mod, x), onnx_runtime(model, x), **CLOSE)
 
 

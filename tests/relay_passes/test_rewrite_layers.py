@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tvm
-from graph_harness import CLOSE, const, operators, relax_main, run, weight
+from graph_harness import CLOSE, const, operators, relax_main, run, run_on_kernels, weight
 from tvm import ir, relax
 from tvm_structured import dialect
 from tvm_structured.dialect import LayerCall
@@ -17,7 +17,7 @@ from tvm_structured.relay_passes.find_layers import find_calls, find_layers
 from tvm_structured.relay_passes.fuse_epilogue import FuseEpilogue
 from tvm_structured.relay_passes.rewrite_layers import RewriteLayers
 from tvm_structured.schedules.base import ConvGeometry, Epilogue
-from tvm_structured.structures import Conv2d, Dense, LowRank, Structure, Unstructured
+from tvm_structured.structures import Conv2d, Dense, LowRank, Structure, Unstructured, Winograd
 
 RNG = np.random.default_rng(0)
 OP = relax.op
@@ -120,11 +120,8 @@ def test_a_rewritten_dense_layer_compiles_with_its_kernel(name: str) -> None:
     """Legalised by the operator itself, inside TVM's own pipeline."""
     choice = low_rank((8, 6)) if name == "low_rank" else Unstructured((8, 6), W)
     mod = RewriteLayers({"fc": choice})(dense_module())
-    target = tvm.target.Target({"kind": "llvm", "num-cores": 2})
-    executable = tvm.compile(mod, target, relax_pipeline=relax.get_default_pipeline(target))
     x, r = weight(RNG, 3, 6), weight(RNG, 3, 8)
-    found = relax.VirtualMachine(executable, tvm.cpu())["main"](x, r).numpy()
-    np.testing.assert_allclose(found, reference(x @ choice.dense().T, r), **CLOSE)
+    np.testing.assert_allclose(run_on_kernels(mod, x, r), reference(x @ choice.dense().T, r), **CLOSE)
 
 
 # -- factors, sharing, scale ----------------------------------------------------------------------------------------
@@ -157,6 +154,21 @@ def test_one_scale_for_all_uses_is_folded_into_one_weight() -> None:
 def test_uses_with_different_scales_keep_one_weight_and_their_scales() -> None:
     mod = twice((S, B))
     ir.assert_structural_equal(RewriteLayers({"fc": Unstructured.from_dense(find_layers(mod)["fc"])})(mod), mod)
+
+
+def test_winograd_takes_the_scale_into_its_weight() -> None:
+    choice = Winograd.from_dense(Conv2d("conv", IMAGE), tile=2)
+
+    def body(emit: Any, x: Any) -> Any:
+        epilogue, unit_stride = Epilogue(scale=True, bias=True), ConvGeometry((3, 3), padding=(1, 1, 1, 1))
+        call = LayerCall("conv2d", "conv", x, (const(IMAGE),), {}, epilogue, (const(S), const(B)), unit_stride)
+        return call.to_relax()
+
+    before = relax_main(body, (2, 6, 9, 8))
+    (call,) = find_calls(after := RewriteLayers({"conv": choice})(before))["conv"]
+    assert (call.op, call.epilogue) == ("winograd", Epilogue(bias=True))
+    x = weight(RNG, 2, 6, 9, 8)
+    np.testing.assert_allclose(run(after, x), run(before, x), **CLOSE)
 
 
 def test_a_structure_without_a_weight_keeps_the_scale_outside() -> None:

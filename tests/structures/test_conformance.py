@@ -189,12 +189,14 @@ def test_no_member_is_nearer_than_the_projection(family):
         best = distance(member.dense(), layer.matrix)
         for scale in (1e-3, 1e-1, 1.0):
             # another member by moving the factors, and (for what is discrete) by projecting another matrix
-            moved = [
-                array + scale * rng.standard_normal(array.shape) * array.std() if name in member.trainable_factors else array
+            moved = {
+                name: array + scale * array.std() * rng.standard_normal(array.shape)
                 for name, array in member.factors.items()
-            ]  # fmt: skip
+                if name in member.trainable_factors
+            }
+            factors = list({**member.factors, **moved}.values())
             other = layer.with_matrix(layer.matrix + scale * rng.standard_normal(layer.matrix.shape))
-            for rival in (family.from_factors(member.sizes_of, moved), family.from_dense(other, **size)):
+            for rival in (family.from_factors(member.sizes_of, factors), family.from_dense(other, **size)):
                 assert distance(rival.dense(), layer.matrix) >= best - 1e-12
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 
 import numpy as np
 import pytest
@@ -47,9 +46,7 @@ def test_dense_and_apply_follow_the_definition(out, inner, p, taps):
 
 
 @settings(deadline=None, max_examples=40)
-@given(
-    out=st.integers(1, 40), width=st.integers(1, 30), taps=st.sampled_from([1, 4, 9]), p=st.integers(2, 12), seed=st.integers(0, 9)
-)  # fmt: skip
+@given(st.integers(1, 40), st.integers(1, 30), st.sampled_from([1, 4, 9]), st.integers(2, 12), st.integers(0, 9))
 def test_best_shift_beats_every_other_shift(out, width, taps, p, seed):
     """Brute force over all shifts of all blocks is never nearer."""
     if p > max(2, out, width):
@@ -82,8 +79,6 @@ def test_natural_indexing_counts_the_blocks(shape, p):
 @pytest.mark.parametrize("p", [2, 3, 5, 7, 8, 10, 12, 16, 25, 60])
 @pytest.mark.parametrize("shape", [(120, 180), (117, 181), (60, 64, 3, 3)])
 def test_any_block_length_is_detected(shape, p):
-    if p > shape[1]:
-        pytest.skip("a block longer than the channels")
     layer = as_layer(np.random.default_rng(p).standard_normal(shape).astype(np.float32))
     planted = layer.with_matrix(PermutedDiagonal.from_dense(layer, block=p).dense())
     found = PermutedDiagonal.detect(planted)
@@ -123,7 +118,7 @@ def test_detection_bears_noise_below_the_tolerance():
     ("fraction", "p"), [(0.5, 2), (0.34, 3), (0.25, 4), (0.2, 5), (0.125, 8), (0.1, 10), (0.02, 50)]
 )
 def test_projection_hits_any_fraction(fraction, p):
-    layer = as_layer(np.random.default_rng(0).standard_normal((200, 300)))
+    layer = as_layer(np.random.default_rng(0).standard_normal((600, 400)))
     member = PermutedDiagonal.project(layer, fraction)
     assert member.block == p
     assert member.num_params <= fraction * layer.num_params
@@ -155,12 +150,11 @@ def test_search_finds_what_trying_every_block_finds(seed, fraction, limit):
     assert detected is None or detected.num_params == exact.num_params
 
 
-def test_detection_of_a_large_dense_weight_tries_no_block():
-    """One sort of its rows shows that a 2048 x 2048 random weight is no member; trying each block takes minutes."""
-    weight = np.random.default_rng(0).standard_normal((2048, 2048)).astype(np.float32)
-    start = time.process_time()
+def test_detection_of_a_dense_weight_tries_no_block(monkeypatch):
+    """One sort of its rows shows that a random weight is no member: else each of 1023 blocks would be tried."""
+    weight = np.random.default_rng(0).standard_normal((1024, 1024)).astype(np.float32)
+    monkeypatch.setattr(PermutedDiagonal, "from_dense", lambda *_, **__: pytest.fail("tried a block"))
     assert PermutedDiagonal.detect(weight) is None
-    assert time.process_time() - start < 20
 
 
 @pytest.mark.parametrize("block", [0, 1, -3, 13, 2.0, True, "8"])
@@ -170,7 +164,7 @@ def test_impossible_blocks_are_refused(block):
 
 
 def test_unknown_indexing_is_refused():
-    with pytest.raises(ModelError, match="indexing='random'.*best.*natural"):
+    with pytest.raises(ModelError, match=r"indexing='random'.*best.*natural"):
         PermutedDiagonal.from_dense(as_layer(np.ones((8, 12))), block=4, indexing="random")
 
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tvm_structured.structures.factorisation import Factorisation, Point
+from tvm_structured.structures.factorisation import Factorisation
 from tvm_structured.structures.layer import Array
+from tvm_structured.structures.rank_lattice import Point
 from tvm_structured.structures.tt_svd import Modes, unfolding_tails
 
 LARGEST_RANK = 512  # beyond it a train is no faster than a dense layer, and its SVDs take minutes

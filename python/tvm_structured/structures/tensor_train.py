@@ -14,13 +14,14 @@ from typing_extensions import Self
 from tvm_structured.errors import ModelError
 from tvm_structured.structures.base import Size, Structure, as_budget, factor, fits
 from tvm_structured.structures.budget import Budget
-from tvm_structured.structures.factorisation import Factorisation, RankLattice, factorisations, modes_of
+from tvm_structured.structures.factorisation import Factorisation, factorisations
 from tvm_structured.structures.layer import Conv2d, Dense, Layer, as_layer
 from tvm_structured.structures.rank_allocation import RankAllocation
+from tvm_structured.structures.rank_lattice import RankLattice, modes_of
 from tvm_structured.structures.tt_order import Order, cheapest_order, core_matrix
 from tvm_structured.structures.tt_svd import Modes, tt_svd
 
-MOST_VERIFICATIONS = 12  # chains whose sampled ranks proved wrong before detection gives up
+MOST_VERIFICATIONS = 8  # chains tried on the whole weight before detection is content with what it has
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,29 +109,31 @@ class TensorTrain(Structure):
     def detect(cls, layer: Any, tol: float = 1e-5) -> Self | None:
         """The smallest train equal to the weight within `tol`, whatever its modes and their order.
 
-        The ranks of all possible unfoldings are sampled and the smallest chain of them is verified on the whole
-        weight. Ranks above 256 (124 for sizes with very many divisors) are seen only where they are full.
+        The ranks of all possible unfoldings are sampled, and the smallest chain of them is verified on the whole
+        weight (`rank_lattice`). Ranks above 240 (120 for sizes with very many divisors) are seen only where they
+        are full.
         """
         layer = as_layer(layer)
         if not cls.takes(layer) or any(extent < 2 for extent in layer.matrix.shape):
             return None
         lattice = RankLattice(layer.matrix, tol)
+        best: Self | None = None
         for _ in range(MOST_VERIFICATIONS):
-            chain = lattice.smallest_chain()
-            if chain is not None and not lattice.known[chain].all():
+            smallest = lattice.smallest_chain()
+            if smallest is not None and not lattice.known[smallest[1]].all():
                 lattice.sample_unknown()
-                chain = lattice.smallest_chain()
-            if chain is None:
-                return None
-            points = [lattice.points[index] for index in chain]
-            out_modes, in_modes = modes_of(points, matrix_shape(layer))
-            limits = [int(lattice.ranks[index]) for index in chain]
-            member = cls.from_dense(layer, out_modes=out_modes, in_modes=in_modes, rank=limits, eps=0.9 * tol)
-            if member.num_params < layer.num_params and member.error(layer) <= tol:
-                return member
-            for point in points:
-                lattice.raise_rank(point)
-        return None
+                smallest = lattice.smallest_chain()
+            if smallest is None or (best is not None and smallest[0] >= best.num_params):
+                break
+            chain = smallest[1]
+            modes = modes_of([lattice.points[index] for index in chain], matrix_shape(layer))
+            # room for ranks that the samples did not show
+            limits = [2 * int(lattice.ranks[index]) + 8 for index in chain]
+            member = cls.from_dense(layer, out_modes=modes[0], in_modes=modes[1], rank=limits, eps=0.9 * tol)
+            if member.num_params < (best or layer).num_params and member.error(layer) <= tol:
+                best = member
+            lattice.learn(chain, member.ranks[1:-1])
+        return best
 
     @classmethod
     def project(cls, layer: Any, budget: Budget | float) -> Self | None:

@@ -61,18 +61,26 @@ def tt_svd(
 
 
 def truncate(matrix: Array, max_rank: int, allowance: float) -> tuple[Array, Array]:
-    """Orthonormal U (rows, r) and U^T matrix, r the smallest rank that leaves out at most `allowance` (Frobenius)."""
+    """U (rows, r), orthonormal, and U^T matrix, r the smallest rank that leaves out at most `allowance` (Frobenius)."""
     limit = min(max_rank, *matrix.shape)
-    if matrix.shape[0] <= LARGEST_GRAM and matrix.shape[0] <= matrix.shape[1]:
+    rows, columns = matrix.shape
+
+    def chosen(tails: Array) -> int:
+        within = np.flatnonzero(tails <= allowance**2)
+        return int(max(1, min(limit, within[0] if within.size else limit)))
+
+    if rows <= min(columns, LARGEST_GRAM):
         u, s = left_factor(matrix)
-        tails = tail_energies(s**2)
+        u = u[:, : chosen(tail_energies(s**2))].astype(matrix.dtype)
+    elif columns <= LARGEST_GRAM:
+        v, s = left_factor(matrix.T)
+        rank = chosen(tail_energies(s**2))
+        scale = np.maximum(s[:rank], np.finfo(np.float64).tiny)
+        return matrix @ (v[:, :rank] / scale).astype(matrix.dtype), (v[:, :rank] * scale).T.astype(matrix.dtype)
     else:
         triplets = leading_svd(matrix, limit)
-        u, tails = triplets[0], tails_of(matrix, triplets) if allowance else np.full(1, np.inf)
-    within = np.flatnonzero(tails <= allowance**2)
-    rank = max(1, min(limit, int(within[0]) if within.size else limit))
-    basis = u[:, :rank].astype(matrix.dtype)
-    return basis, basis.T @ matrix
+        u = triplets[0][:, : chosen(tails_of(matrix, triplets) if allowance else np.full(1, np.inf))]
+    return u, u.T @ matrix
 
 
 def unfolding_tails(matrix: Array, a: int, b: int, max_rank: int) -> Array:

@@ -82,10 +82,7 @@ def freeze(rows: list[list[Fraction]]) -> Matrix:
 
 def operations(matrix: Matrix) -> int:
     """Operations to multiply the matrix by a vector: an addition for each further term, a product unless it is by 1."""
-    return sum(
-        max(0, sum(c != 0 for c in row) - 1) + sum(c not in (0, 1, -1) for c in row)
-        for row in matrix
-    )
+    return sum(max(0, sum(c != 0 for c in row) - 1) + sum(c not in (0, 1, -1) for c in row) for row in matrix)
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +123,7 @@ class Winograd(Structure):
                 yield {"tile": tile}
 
     @classmethod
-    def from_dense(cls, layer: Layer, *, tile: int = 4) -> Self:
+    def from_dense(cls, layer: Layer, *, tile: int = 4) -> Self:  # type: ignore[override]
         layer = as_layer(layer)
         if not isinstance(layer, Conv2d) or not cls.takes(layer):
             raise ModelError(
@@ -172,10 +169,11 @@ class Winograd(Structure):
         return np.ascontiguousarray(np.asarray(self.weight).transpose(0, 2, 3, 1).reshape(self.shape))
 
     def transformed_weight(self) -> Array:
-        """G g G^T in float64, (points, points, out, in)."""
+        """G g G^T in float32, computed in float64, (points^2, out, in): vec(G g G^T) = (G kron G) vec(g)."""
         g = as_array(transforms(self.tile, self.kernel)[1])
-        weight = np.asarray(self.weight, np.float64)
-        return np.ascontiguousarray(np.einsum("ik,ockl,jl->ijoc", g, weight, g, optimize=True))
+        out, inner = self.weight.shape[:2]
+        kernels = np.asarray(self.weight, np.float64).reshape(out * inner, self.kernel**2)
+        return (np.kron(g, g) @ kernels.T).astype(np.float32).reshape(self.points**2, out, inner)
 
     def apply(self, x: Any) -> Any:
         """x (batch, in, h, w) -> (batch, out, h - r + 1, w - r + 1): the convolution without padding, by tiles.
