@@ -13,7 +13,7 @@ from tvm.ir.transform import PassContext, module_pass
 from tvm.target import Target
 
 from tvm_structured.schedules.fallback import default_schedule
-from tvm_structured.schedules.nest import inline_producers
+from tvm_structured.schedules.producers import inline_producers
 from tvm_structured.schedules.vector_math import with_vector_math
 
 SCHEDULED = "tirx.is_scheduled"

@@ -21,12 +21,12 @@ from tvm_structured.schedules.circulant_blocks import LaneBlocks
 from tvm_structured.schedules.cpu import Cpu
 from tvm_structured.schedules.emit import Emitter, ceildiv, parallel, row_blocks, scratch, serial
 from tvm_structured.schedules.epilogue import RowWriter
-from tvm_structured.schedules.gemm import multiply_block
+from tvm_structured.schedules.gemm import branch, multiply_block
 from tvm_structured.structures.block_circulant import BlockCirculant
 from tvm_structured.structures.circulant_pattern import Blocks
 
 STRIDE_PADDING = 80  # floats between components: a power-of-two stride would map them all to the same cache sets
-CHUNK_BYTES = 2 << 20  # of both spectra: what two cores keep in L2
+CHUNK_BYTES = 2 << 20  # of both spectra: what two threads keep in L2
 SERIAL_EFFORT = 60_000  # vector operations (about 10 us) below which three parallel regions cost more than they bring
 
 
@@ -104,35 +104,60 @@ class ManyRows:
         self.width = self.config["nr"] * lanes
         self.panels = -(-p // self.width)
         self.x_stride, self.y_stride = self.in_groups * lanes, self.panels * self.width
-        self.chunk = self.chunk_rows()
-        self.threaded = not isinstance(self.rows, int) or self.rows * effort(self.blocks, lanes) > SERIAL_EFFORT
-
-    def chunk_rows(self) -> int:
-        """Rows whose spectra stay in the caches, in pieces of equal size."""
-        mr = self.config["mr"]
-        row_bytes = 4 * components(self.n) * (self.x_stride + self.y_stride)
-        rows = max(4 * mr, min(256, CHUNK_BYTES // row_bytes))
-        if isinstance(self.rows, int):
-            rows = -(-self.rows // -(-self.rows // rows))
-        return rows if isinstance(self.rows, int) and rows == self.rows else -(-rows // mr) * mr
 
     def emit(self) -> None:
-        parts = components(self.n)
-        self.spectra = padded_scratch(parts, self.chunk * self.x_stride)
-        self.products = padded_scratch(parts, self.chunk * self.y_stride)
-        if isinstance(self.rows, int) and self.rows == self.chunk:
-            self.stages(0, self.rows)
-            return
-        with serial(0, ceildiv(self.rows, self.chunk)) as piece:
-            first = piece * self.chunk
-            self.stages(first, tirx.min(self.chunk, self.rows - first))
+        """Many rows: each thread takes pieces of its own through all stages. Fewer: all threads share each stage."""
+        cores, is_static = self.e.cpu.cores, isinstance(self.rows, int)
+        piece = self.piece_rows(CHUNK_BYTES // 2, 64 if not is_static else 256)
+        enough = self.rows >= cores * (piece if not is_static else 4 * self.config["mr"])
+        if is_static and (cores == 1 or self.rows * effort(self.blocks, self.e.lanes) < SERIAL_EFFORT):
+            self.pieces(serial, serial, piece)
+        else:
+            branch(
+                enough,
+                lambda: self.pieces(parallel, serial, self.balanced(piece, cores)),
+                lambda: self.pieces(serial, parallel, self.balanced(self.piece_rows(CHUNK_BYTES, 256), 1)),
+            )
 
-    def stages(self, first: Any, count: Extent) -> None:
-        loop = parallel if self.threaded else serial
-        self.forward(loop, first, count)
-        with loop(0, components(self.n) * self.panels) as unit:
-            row_blocks(count, self.config["mr"], lambda row, rows: self.multiply(unit, row, rows))
-        self.inverse(loop, first, count)
+    def piece_rows(self, cache: int, most: int) -> int:
+        """Rows whose two spectra fit that many bytes, in whole register blocks."""
+        mr = self.config["mr"]
+        row_bytes = 4 * components(self.n) * (self.x_stride + self.y_stride)
+        return max(4 * mr, min(most, cache // row_bytes) // mr * mr)
+
+    def balanced(self, rows: int, workers: int) -> int:
+        """No more rows to a piece than that, and the same work for every worker, where the batch is known."""
+        if not isinstance(self.rows, int):
+            return rows
+        mr = self.config["mr"]
+        pieces = -(-(-(-self.rows // rows)) // workers) * workers
+        return min(self.rows, -(-(-(-self.rows // pieces)) // mr) * mr)
+
+    def pieces(self, outer: Any, inner: Any, chunk: int) -> None:
+        """All rows, `chunk` at a time; `outer` and `inner` say which of the loops runs in parallel."""
+        parts, rows = components(self.n), self.rows
+        is_single = isinstance(rows, int) and rows <= chunk
+
+        def stages(first: Any, count: Extent) -> None:
+            self.forward(inner, first, count)
+            with inner(0, parts * self.panels) as unit:
+                row_blocks(count, self.config["mr"], lambda row, size: self.multiply(unit, row, size))
+            self.inverse(inner, first, count)
+
+        def allocate() -> None:
+            self.spectra = padded_scratch(parts, chunk * self.x_stride)
+            self.products = padded_scratch(parts, chunk * self.y_stride)
+
+        if outer is serial:  # before the loop: what lies in front of an inner parallel loop is allocated once
+            allocate()
+        if is_single:
+            stages(0, rows)
+            return
+        with outer(0, ceildiv(rows, chunk)) as piece:
+            if outer is parallel:
+                allocate()
+            is_even = isinstance(rows, int) and rows % chunk == 0
+            stages(piece * chunk, chunk if is_even else tirx.min(chunk, rows - piece * chunk))
 
     # -- forward ---------------------------------------------------------------------------------
 

@@ -139,9 +139,10 @@ def row_blocks(rows: Extent, block: int, body: Callable[[Any, int], None], start
 def held(index: Any) -> Any:
     """An index behind a stack slot. TVM's simplifier goes through each use of an index with symbolic extents,
     also when it is bound to a variable, and takes seconds; it does not look into a load."""
-    slot = I.alloc_buffer((1,), "int64")
-    I.buffer_store(slot, tirx.Cast("int64", index), [0])
-    return slot[0]
+    # int32: StorageRewrite would let a wider slot take over that of a register, see `roomy`
+    slot = I.alloc_buffer((1,), "int32")
+    I.buffer_store(slot, tirx.Cast("int32", index), [0])
+    return tirx.Cast("int64", slot[0])
 
 
 class Emitter:

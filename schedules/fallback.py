@@ -10,7 +10,7 @@ from tvm import s_tir
 from tvm_structured.schedules import injective, matmul, reduction
 from tvm_structured.schedules.cpu import Cpu
 from tvm_structured.schedules.loops import lower_loops
-from tvm_structured.schedules.nest import open_schedule
+from tvm_structured.schedules.producers import open_schedule
 from tvm_structured.schedules.vector_math import with_vector_math
 
 Rule = Callable[[Any, Any], Any]  # (PrimFunc, Target) -> Schedule, or None: not mine

@@ -8,7 +8,8 @@ from typing import Any
 
 from tvm_structured.schedules.cpu import Cpu
 from tvm_structured.schedules.loops import partition, tile
-from tvm_structured.schedules.nest import Loop, Nest, collapse, open_schedule, product
+from tvm_structured.schedules.nest import Loop, Nest, collapse, product
+from tvm_structured.schedules.producers import open_schedule
 
 PARALLEL_WORK = 1 << 14  # elements; starting threads costs as much as a few thousand
 CHUNK = 1 << 12  # elements a thread does at a time where a single loop is left

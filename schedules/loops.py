@@ -1,8 +1,8 @@
 """From a scheduled function with blocks to plain loops without edge conditions in their bodies.
 
-A default schedule splits loops without asking whether the factor divides the extent, and marks both halves with
-`tile`. The condition that guards the last, partial tile would keep the whole loop from becoming vector code.
-`lower_loops` cuts the loop in two instead: full tiles without the condition, then the rest.
+A default schedule splits loops without asking whether the factor divides the extent (`tile`). The condition that
+guards the last, partial tile would keep the loops from becoming vector code. `lower_loops` cuts the loops instead:
+full tiles without a condition, then the rest.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from tvm import s_tir, sym, tirx
 from tvm.ir import IRModule
 from tvm.ir.transform import Sequential
 
-from tvm_structured.schedules.nest import uses
+from tvm_structured.schedules.nest import substitute, uses
 
 PARTITION = "pragma_loop_partition_hint"  # TVM's LoopPartition reads it
+STACK_BYTES = 1 << 14
+SHORT_LOOPS = (tirx.ForKind.VECTORIZED, tirx.ForKind.UNROLLED)
 
 
 def tile(sch: Any, loop: Any, factor: int) -> tuple[Any, Any]:
@@ -60,8 +62,8 @@ def lower_loops(func: Any) -> Any:
         ]
     )
     lowered = lower(IRModule({"main": func}))["main"]
-    for rewrite in (shorten, whole_vectors):
-        lowered = lowered.with_body(tvm_ffi.structural_map(lowered.body, (tirx.For, rewrite)))
+    for kind, rewrite in ((tirx.For, shorten), (tirx.For, whole_vectors), (tirx.AllocBuffer, on_stack)):
+        lowered = lowered.with_body(tvm_ffi.structural_map(lowered.body, (kind, rewrite)))
     # Pieces repeat names which their bodies bind
     finish = Sequential([tirx.transform.ConvertSSA(), passes.StmtSimplify()])
     lowered = finish(IRModule({"main": lowered}))["main"]
@@ -91,9 +93,6 @@ def shorten(loop: Any) -> Any:
     for condition in outside:
         body = tirx.IfThenElse(condition, body, None)
     return body
-
-
-SHORT_LOOPS = (tirx.ForKind.VECTORIZED, tirx.ForKind.UNROLLED)
 
 
 def conjuncts(condition: Any) -> list[Any]:
@@ -133,8 +132,16 @@ def piece_of(loop: Any, start: int, size: int) -> Any:
     """Iterations start ... start + size - 1 of a vector loop."""
     first = tirx.const(start, "int64")
     variable = tirx.Var(loop.loop_var.name, "int64")
-    index = first if size == 1 else variable + first
-    body = tvm_ffi.structural_map(
-        loop.body, (tirx.Var, lambda each: index if each.same_as(loop.loop_var) else each)
-    )
+    body = substitute(loop.body, [(loop.loop_var, first if size == 1 else variable + first)])
     return body if size == 1 else tirx.For(variable, loop.min, tirx.const(size, "int64"), loop.kind, body)
+
+
+def on_stack(allocation: Any) -> Any:
+    """Small buffers on the stack: TVM moves 1 KiB and more to the heap, one call for each row."""
+    buffer = allocation.buffer
+    size = buffer.dtype.itemsize
+    for extent in buffer.shape:
+        size = size * int(extent) if isinstance(extent, tirx.IntImm) else STACK_BYTES + 1
+    if size > STACK_BYTES:
+        return allocation
+    return tirx.AllocBuffer(buffer, annotations={**allocation.annotations, "disable_lower_builtin": True})

@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from tvm import s_tir
 
 from tvm_structured.schedules.cpu import Cpu
 from tvm_structured.schedules.injective import PARALLEL_WORK, schedule_injective
 from tvm_structured.schedules.loops import partition, tile
-from tvm_structured.schedules.nest import Loop, Nest, bound_by_extents, depth_of, extent_of, nest_of, open_schedule, product, same_extent
+from tvm_structured.schedules.nest import (
+    Loop,
+    Nest,
+    depth_of,
+    extent_of,
+    needed_nest,
+    product,
+    same_extent,
+    size_of,
+)
+from tvm_structured.schedules.predicates import bound_by_extents
+from tvm_structured.schedules.producers import open_schedule
+
+MAX_STRIDE = 4
 
 
 @dataclass(frozen=True)
 class Roles:
-    """What the spatial loops of a product do. Its vector operand is contiguous along `lanes` and constant along `reuse`."""
+    """What the spatial loops of a product do.
+
+    One operand, the vector, is contiguous along `lanes` and the same for all of `reuse`; others are numbers or
+    vectors there. `streamed` loops move the vector only, along `batch` both change.
+    """
 
     lanes: Loop
     reuse: Loop
-    others: tuple[Loop, ...]
+    streamed: tuple[Loop, ...]
+    batch: tuple[Loop, ...]
 
 
 def apply(func: Any, target: Any) -> Any | None:
@@ -31,7 +50,8 @@ def apply(func: Any, target: Any) -> Any | None:
     nests = deinterleave(sch, nests)
     position = next(index for index, nest in enumerate(nests) if nest.reduced)
     main, *after = nests[position:]
-    if len(after) > 1 or find_roles(main) is None:
+    roles = find_roles(main)
+    if roles is None or len(after) > 1:
         return None
     for nest in nests[:position]:
         schedule_injective(nest, cpu)
@@ -39,57 +59,55 @@ def apply(func: Any, target: Any) -> Any | None:
     if epilogue is not None and not is_epilogue(main, epilogue):
         schedule_injective(epilogue, cpu)
         epilogue = None
-    schedule_product(main, epilogue, cpu)
+    schedule_product(main, roles, epilogue, cpu)
     return sch
+
+
+def find_roles(nest: Nest) -> Roles | None:
+    lanes = next((loop for loop in reversed(nest.spatial) if can_be_lanes(loop)), None)
+    if lanes is None or nest.num_stores > 1:
+        return None
+    loads = range(nest.num_stores, len(nest.buffers))
+    vectors = [load for load in loads if lanes.strides[load] == 1]
+    numbers = [load for load in loads if lanes.strides[load] == 0]
+    rest = [loop for loop in nest.spatial if loop is not lanes]
+    candidates = [loop for loop in rest if loop.size > 1 and any(loop.strides[load] == 0 for load in vectors)]
+    if not candidates:
+        return None
+    reuse = max(candidates, key=lambda loop: (isinstance(loop.extent, int), loop.size))
+    others = [loop for loop in rest if loop is not reuse]
+    streamed = [loop for loop in others if any(loop.strides[load] == 0 for load in numbers)]
+    return Roles(lanes, reuse, tuple(streamed), tuple(loop for loop in others if loop not in streamed))
+
+
+def can_be_lanes(loop: Loop) -> bool:
+    is_contiguous = loop.strides[0] == 1 and all(stride in (0, 1) for stride in loop.strides)
+    return is_contiguous and loop.size >= 4 and not loop.branches
 
 
 def deinterleave(sch: Any, nests: list[Nest]) -> list[Nest]:
     """Convolutions of stride s > 1 read every s-th pixel: store rows of the (padded) image as s rows of such pixels."""
     position = next(index for index, nest in enumerate(nests) if nest.reduced)
     main = nests[position]
-    strided = {stride for loop in main.spatial if loop.strides[0] == 1 for stride in loop.strides if stride not in (0, 1)}
-    step = strided.pop() if len(strided) == 1 else None
-    if not isinstance(step, int) or step > 4 or len(main.reduced) < 2:
+    along = next((loop for loop in main.spatial if loop.strides[0] == 1), None)
+    steps = {stride for stride in along.strides if stride not in (0, 1)} if along is not None else set()
+    step = steps.pop() if len(steps) == 1 else None
+    if along is None or not isinstance(step, int) or not 1 < step <= MAX_STRIDE or len(main.buffers) < 3:
         return nests
-    source = next(
-        index
-        for index in range(main.num_stores, len(main.buffers))
-        if any(loop.strides[0] == 1 and loop.strides[index] == step for loop in main.spatial)
-    )
-    writers = [nest for nest in nests[:position] if nest.buffers[0].same_as(main.buffers[source])]
-    writer = writers[0].block if writers else sch.cache_read(main.block, source - main.num_stores, "global")
+    source = along.strides.index(step)
+    writers = [nest.block for nest in nests[:position] if nest.buffers[0].same_as(main.buffers[source])]
+    writer = writers[0] if writers else sch.cache_read(main.block, source - main.num_stores, "global")
     sch.transform_layout(
         writer,
         ("write", 0),
         lambda *index: [*index[:-1], index[-1] % step, index[-1] // step],
         assume_injective_transform=True,
     )
-    blocks = [nest.block for nest in nests] if writers else [writer, *(nest.block for nest in nests)]
-    renewed = [nest_of(sch, block) for block in blocks]
-    return [nest for nest in renewed if nest is not None]
+    blocks = [*([] if writers else [writer]), *(nest.block for nest in nests)]
+    return [needed_nest(sch, block) for block in blocks]
 
 
-def find_roles(nest: Nest) -> Roles | None:
-    loads = range(nest.num_stores, len(nest.buffers))
-    lanes = next(
-        (
-            loop
-            for loop in reversed(nest.spatial)
-            if loop.size >= 4 and loop.strides[0] == 1 and all(s in (0, 1) for s in loop.strides) and not loop.branches
-        ),
-        None,
-    )
-    if lanes is None or nest.num_stores > 1:
-        return None
-    candidates = [
-        loop
-        for loop in nest.spatial
-        if loop is not lanes and any(loop.strides[load] == 0 and lanes.strides[load] == 1 for load in loads)
-    ]
-    if not candidates:
-        return None
-    reuse = max(candidates, key=lambda loop: loop.size)
-    return Roles(lanes, reuse, tuple(loop for loop in nest.spatial if loop not in (lanes, reuse)))
+# -- the block that stores ------------------------------------------------------------------------------
 
 
 def split_alike(main: Nest, sink: Nest) -> Nest:
@@ -97,25 +115,17 @@ def split_alike(main: Nest, sink: Nest) -> Nest:
     wanted = [loop.extent for loop in main.spatial]
     for loop in sink.loops:
         digits: list[Any] = []
-        while wanted and not (digits and same_extent(product_of(digits), loop.extent)):
+        while wanted and not (digits and same_extent(product(digits), loop.extent)):
             digits.append(wanted.pop(0))
         if len(digits) > 1 and all(isinstance(digit, int) for digit in digits):
             sink.sch.split(loop.rv, digits)
-    found = nest_of(sink.sch, sink.block)
-    assert found is not None
-    return found
-
-
-def product_of(extents: Sequence[Any]) -> Any:
-    total: Any = 1
-    for extent in extents:
-        total = total * extent
-    return total
+    return needed_nest(sink.sch, sink.block)
 
 
 def is_epilogue(main: Nest, after: Nest) -> bool:
     """Whether a block does something to every result where it is, so that it can work on a register tile."""
-    return len(main.spatial) == len(after.loops) and all(counterpart(main, loop, after) for loop in main.spatial)
+    found = [counterpart(main, loop, after) for loop in main.spatial]
+    return len(found) == len(after.loops) and None not in found
 
 
 def counterpart(main: Nest, loop: Loop, sink: Nest) -> Loop | None:
@@ -123,9 +133,12 @@ def counterpart(main: Nest, loop: Loop, sink: Nest) -> Loop | None:
     reads = [index for index, buffer in enumerate(sink.buffers) if buffer.same_as(main.buffers[0])]
     for candidate in sink.loops:
         strides = [candidate.strides[index] for index in reads]
-        if same_extent(candidate.extent, loop.extent) and strides and all(same_extent(s, loop.strides[0]) for s in strides):
-            return candidate
+        if strides and all(same_extent(stride, loop.strides[0]) for stride in strides):
+            return candidate if same_extent(candidate.extent, loop.extent) else None
     return None
+
+
+# -- the tile -------------------------------------------------------------------------------------------
 
 
 def register_tile(roles: Roles, cpu: Cpu) -> tuple[int, int]:
@@ -136,38 +149,32 @@ def register_tile(roles: Roles, cpu: Cpu) -> tuple[int, int]:
     columns = min(vectors * cpu.lanes, 1 << (roles.lanes.size.bit_length() - 1))
     most = min(12, (cpu.registers - vectors - 2) // vectors, roles.reuse.size)
     divisors = [rows for rows in range(most, most // 2, -1) if roles.reuse.size % rows == 0]
-    return (divisors[0] if divisors else most), columns
+    return (divisors[0] if divisors and isinstance(roles.reuse.extent, int) else most), columns
 
 
-def schedule_product(main: Nest, epilogue: Nest | None, cpu: Cpu) -> None:
+def schedule_product(main: Nest, roles: Roles, epilogue: Nest | None, cpu: Cpu) -> None:
     """A tile accumulates over the whole reduction in registers; then come the epilogue and the only store."""
-    sch, block, roles = main.sch, main.block, find_roles(main)
-    assert roles is not None
+    sch, block = main.sch, main.block
     rows, columns = register_tile(roles, cpu)
     sink = epilogue
     if sink is None:
-        written = nest_of(sch, sch.cache_write(block, 0, "global"))
-        accumulating = nest_of(sch, block)
-        assert written is not None and accumulating is not None
-        main, sink = accumulating, split_alike(accumulating, written)
+        written = sch.cache_write(block, 0, "global")
+        main = needed_nest(sch, block)
+        sink = split_alike(main, needed_nest(sch, written))
     tile_buffer(main, roles, rows, columns)
-    outer, row, lane = tile_loops(main, sink, roles, rows, columns, cpu)
-    sch.compute_at(block, outer[-1], preserve_unit_loops=True)
-    sch.unroll(row)
-    sch.vectorize(lane)
-    partition(sch, row, lane)
-    depth = depth_of(sch, block, outer[-1])
-    inside = nest_of(sch, block, skip=depth)
-    assert inside is not None
-    tiled = [loop for loop in inside.spatial if same_loads(loop, roles.reuse)]
-    across = [loop for loop in inside.spatial if same_loads(loop, roles.lanes)]
+    innermost = tile_sink(main, sink, roles, rows, columns, cpu)
+    sch.compute_at(block, innermost, preserve_unit_loops=True)
+    depth = depth_of(sch, block, innermost)
+    inside = needed_nest(sch, block, skip=depth)
+    row = [loop.rv for loop in inside.spatial if same_loads(loop, roles.reuse)]
+    lanes = [loop.rv for loop in inside.spatial if same_loads(loop, roles.lanes)]
     reduced = [loop.rv for loop in inside.reduced]
-    sch.reorder(*reduced, *(loop.rv for loop in tiled + across))
-    for loop in tiled:
-        sch.unroll(loop.rv)
-    for loop in across:
-        sch.vectorize(loop.rv)
-    partition(sch, *(loop.rv for loop in tiled + across))
+    sch.reorder(*reduced, *row, *lanes)
+    for loop in row:
+        sch.unroll(loop)
+    for loop in lanes:
+        sch.vectorize(loop)
+    partition(sch, *row, *lanes)
     start = sch.decompose_reduction(block, reduced[0])
     partition(sch, *sch.get_loops(start)[depth:])
     for accumulating in (start, block):
@@ -198,44 +205,42 @@ def dimension_of(buffer: Any, loop: Loop) -> int:
         if same_extent(stride, loop.strides[0]) and same_extent(extent, loop.extent):
             return dimension
         stride = stride * extent
-    raise AssertionError(f"no dimension of {buffer.name} has stride {loop.strides[0]}")
+    raise s_tir.ScheduleError(f"no dimension of {buffer.name} has stride {loop.strides[0]} and extent {loop.extent}")
 
 
 def same_loads(a: Loop, b: Loop) -> bool:
     return all(same_extent(x, y) for x, y in zip(a.strides[1:], b.strides[1:], strict=True))
 
 
-def tile_loops(
-    main: Nest, sink: Nest, roles: Roles, rows: int, columns: int, cpu: Cpu
-) -> tuple[list[Any], Any, Any]:
-    """Tile and order the loops of the block that stores; threads over the outermost. (outer loops, row, lane)."""
+def tile_sink(main: Nest, sink: Nest, roles: Roles, rows: int, columns: int, cpu: Cpu) -> Any:
+    """Tile and order the loops of the block that stores, with threads over outer ones; the loop around a tile."""
     sch = main.sch
 
-    def in_sink(loop: Loop) -> Loop:
+    def in_sink(loop: Loop) -> Any:
         found = counterpart(main, loop, sink)
-        assert found is not None
-        return found
+        if found is None:
+            raise s_tir.ScheduleError(f"no loop reads {main.buffers[0].name} along a loop of extent {loop.extent}")
+        return found.rv
 
-    scalars = [i for i, stride in enumerate(roles.lanes.strides) if stride == 0 and i >= main.num_stores]
-    streamed = [loop for loop in roles.others if any(loop.strides[i] == 0 for i in scalars)]
-    batch = [loop for loop in roles.others if loop not in streamed]
-    row_tiles, row = tile(sch, in_sink(roles.reuse).rv, rows)
-    lane_tiles, lane = tile(sch, in_sink(roles.lanes).rv, columns)
-    batch_loops, stream_loops = ([in_sink(loop).rv for loop in group] for group in (batch, streamed))
-    # Of the two operands, the part that fits the first-level cache stays: filters of a convolution while the image
-    # streams by, a panel of the right-hand matrix while rows stream by
-    many_panels = roles.lanes.size >= 2 * cpu.cores * columns
+    row_tiles, row = tile(sch, in_sink(roles.reuse), rows)
+    lane_tiles, lane = tile(sch, in_sink(roles.lanes), columns)
+    batch, streamed = ([in_sink(loop) for loop in loops] for loops in (roles.batch, roles.streamed))
+    # What fits the first-level cache stays there: filters of a convolution while the image streams by, a panel of
+    # the right-hand matrix while rows stream by (unless there are too few panels to share among the threads)
     if streamed:
-        inner = [row_tiles, *stream_loops, lane_tiles]
-    elif many_panels or batch:
+        inner = [row_tiles, *streamed, lane_tiles]
+    elif batch or roles.lanes.size >= 2 * cpu.cores * columns:
         inner = [lane_tiles, row_tiles]
     else:
         inner = [row_tiles, lane_tiles]
-    sch.reorder(*batch_loops, *inner, row, lane)
+    sch.reorder(*batch, *inner, row, lane)
     if main.work >= PARALLEL_WORK and cpu.cores > 1:
-        if product(loop.size for loop in batch) >= 2 * cpu.cores:
-            batch_loops = [sch.fuse(*batch_loops) if len(batch_loops) > 1 else batch_loops[0]]
-            sch.parallel(batch_loops[0])
+        if product(loop.size for loop in roles.batch) >= 2 * cpu.cores:
+            sch.parallel(sch.fuse(*batch) if len(batch) > 1 else batch[0])
         else:
-            sch.parallel(inner[0])
-    return [*batch_loops, *inner], row, lane
+            wide = (loop for loop in inner if size_of(sch.get(loop).extent) >= cpu.cores)
+            sch.parallel(next(wide, inner[0]))
+    sch.unroll(row)
+    sch.vectorize(lane)
+    partition(sch, row, lane)
+    return inner[-1]

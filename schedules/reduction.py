@@ -8,17 +8,9 @@ from typing import Any
 from tvm_structured.schedules.cpu import Cpu
 from tvm_structured.schedules.injective import PARALLEL_WORK, schedule_injective, schedule_inner
 from tvm_structured.schedules.loops import partition, tile
-from tvm_structured.schedules.nest import (
-    Loop,
-    Nest,
-    collapse,
-    nest_of,
-    open_schedule,
-    predicate_of,
-    product,
-    restore_predicate,
-    same_extent,
-)
+from tvm_structured.schedules.nest import Loop, Nest, can_collapse, collapse, nest_of, product, same_extent
+from tvm_structured.schedules.predicates import predicate_of, restore_predicate
+from tvm_structured.schedules.producers import open_schedule
 
 MAX_TAPS = 32  # reductions up to this size are unrolled: pooling windows, depthwise filters
 ACCUMULATORS = 4  # vectors; enough to hide the latency of additions
@@ -35,7 +27,7 @@ def apply(func: Any, target: Any) -> Any | None:
     sch, nests = opened
     cpu = Cpu.of(target)
     shared = shared_loops(nests, cpu)
-    if is_large(nests, cpu) and num_rows(nests, shared) < 2 * cpu.cores and len(nests) > 1:
+    if is_large(nests, cpu) and num_rows(nests, shared) < cpu.cores and len(nests) > 1:
         return None
     schedule_rows(sch, nests, shared, cpu)
     return sch
@@ -90,17 +82,19 @@ def vector_loop(nest: Nest, cpu: Cpu) -> Loop | None:
     along = next((loop for loop in nest.spatial if loop.strides[0] == 1 and not loop.branches), None)
     if along is not None and all(stride in (0, 1) for stride in along.strides):
         return along
-    return None if is_contiguous(nest, cpu) else along
+    return None if contiguous_run(nest) >= 2 * cpu.lanes else along
 
 
-def is_contiguous(nest: Nest, cpu: Cpu) -> bool:
-    """Whether the innermost loops of the reduction read consecutive elements, enough of them for vectors."""
-    length = 1
-    for loop in reversed(nest.reduced):
-        if loop.branches or not any(same_extent(stride, length) for stride in loop.strides if stride is not None):
+def contiguous_run(nest: Nest) -> int:
+    """How many consecutive elements the innermost loops of the reduction read."""
+    if not nest.reduced or nest.reduced[-1].branches or 1 not in nest.reduced[-1].strides:
+        return 0
+    length = nest.reduced[-1].size
+    for inner, outer in zip(nest.reduced[::-1], nest.reduced[-2::-1], strict=False):
+        if not can_collapse(outer, inner):
             break
-        length = length * loop.size
-    return length >= 2 * cpu.lanes
+        length *= outer.size
+    return length
 
 
 # -- one row --------------------------------------------------------------------------------------------
@@ -132,7 +126,7 @@ def schedule_rows(sch: Any, nests: Sequence[Nest], shared: int, cpu: Cpu) -> Non
 
 def split_lanes(nest: Nest, cpu: Cpu) -> list[Nest]:
     """A reduction of consecutive elements --> partial results in lanes, then their reduction; else the nest itself."""
-    if not nest.reduced or vector_loop(nest, cpu) is not None or not is_contiguous(nest, cpu):
+    if vector_loop(nest, cpu) is not None or contiguous_run(nest) < 2 * cpu.lanes:
         return [nest]
     length = collapse(nest, nest.reduced)[-1]
     lanes = cpu.lanes * (ACCUMULATORS if length.size >= 4 * ACCUMULATORS * cpu.lanes else 1)

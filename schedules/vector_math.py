@@ -136,11 +136,7 @@ def log(x: Any) -> Any:
         return let(
             e,
             lambda n: (
-                f * f * f * horner(LOG_P, f)
-                + n * number(LN2_LOW)
-                - number(0.5) * (f * f)
-                + f
-                + n * number(LN2_HIGH)
+                f * f * f * horner(LOG_P, f) + n * number(LN2_LOW) - number(0.5) * (f * f) + f + n * number(LN2_HIGH)
             ),
         )
 

@@ -182,9 +182,11 @@ def gather_tiles(
                         index = (image, channel + i, row * width + column)
                         if mask is None:
                             vectors.append(e.bind(e.load(x, *index)))
-                        else:  # lanes outside the image must be zero, not merely unread
-                            loaded = e.load_masked(x, mask, *index)
-                            vectors.append(e.bind(tirx.Select(mask, loaded, e.splat(0.0))))
+                            continue
+                        # lanes outside the image must be zero, not merely unread. Two statements: within a Select TVM
+                        # takes the condition for granted, also where it is the mask of a load
+                        loaded = e.bind(e.load_masked(x, mask, *index))
+                        vectors.append(e.bind(tirx.Select(mask, loaded, e.splat(0.0))))
                     for i, pixel in enumerate(transpose(e, vectors)):
                         e.store(window, pixel, begin + i * lanes)
 

@@ -24,7 +24,7 @@ def test_a_tutorial_runs_and_leaves_the_source_tree_alone(path: Path, tmp_path: 
     search = os.pathsep.join(filter(None, (str(ROOT / "python"), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": search, "MPLBACKEND": "Agg"}
     done = subprocess.run(
-        [sys.executable, str(path)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, str(path)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     assert done.stdout.strip(), "a tutorial prints what it shows"

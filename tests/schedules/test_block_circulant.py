@@ -90,13 +90,13 @@ def test_one_kernel_with_symbolic_rows_serves_every_batch(block: int) -> None:
         run_kernel(structure, rows, built=built, allocate=guarded_buffer).check()
 
 
-@pytest.mark.parametrize("rows", [513, 600])
+@pytest.mark.parametrize("rows", [64, 101, 600])
 def test_long_batches_are_cut_into_chunks(rows: int) -> None:
     structure = member(40, 72, 8)
     run_kernel(structure, rows, config=config_of("many", structure, rows), allocate=guarded_buffer).check()
 
 
-@pytest.mark.parametrize("epilogue", ALL_EPILOGUES[::3], ids=str)
+@pytest.mark.parametrize("epilogue", ALL_EPILOGUES[::5], ids=str)
 def test_the_epilogue_is_inside_the_kernel(epilogue: Any) -> None:
     structure = member(37, 21, 4)
     for rows, mode in ((1, "few"), (9, "many"), (2, "direct")):
@@ -109,7 +109,7 @@ def test_sums_of_a_thousand_terms_stay_accurate(rows: int, block: int) -> None:
     run_kernel(member(1024, 1024, block), rows).check(2e-6)
 
 
-@settings(deadline=None, max_examples=15, derandomize=True)
+@settings(deadline=None, max_examples=10, derandomize=True)
 @given(st.integers(1, 90), st.integers(1, 40), st.integers(1, 4), st.integers(2, 40), st.integers(1, 20), st.booleans())
 def test_any_combination_is_correct(out: int, width: int, taps: int, block: int, rows: int, symbolic: bool) -> None:
     structure = member(out, taps * width, block, taps)

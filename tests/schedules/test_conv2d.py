@@ -19,8 +19,9 @@ RNG = np.random.default_rng(0)
 
 def member(out: int, channels: int, conv: ConvGeometry) -> Any:
     """`channels` are those of the image."""
-    weight = RNG.standard_normal((out, channels // conv.groups, *conv.kernel)).astype(np.float32)
-    return Unstructured.from_dense(Conv2d("w", weight, groups=conv.groups))
+    weight = RNG.standard_normal((out, channels // conv.groups, *conv.kernel))
+    weight /= np.sqrt(weight[0].size)  # outputs near 1, or "clip" would leave nothing but rounding to compare
+    return Unstructured.from_dense(Conv2d("w", weight.astype(np.float32), groups=conv.groups))
 
 
 def check(out: int, channels: int, conv: ConvGeometry, image: tuple[int, int], batch: int = 1, **options: Any) -> None:
@@ -73,8 +74,8 @@ def test_one_kernel_with_symbolic_batch_serves_every_batch(name: str) -> None:
         run_kernel(structure, batch, built=built, image=image, allocate=guarded_buffer).check()
 
 
-@pytest.mark.parametrize("epilogue", ALL_EPILOGUES[::3], ids=str)
-@pytest.mark.parametrize("name", ["stem", "many channels, small image", "depthwise"])
+@pytest.mark.parametrize("epilogue", ALL_EPILOGUES[::7], ids=str)
+@pytest.mark.parametrize("name", ["asymmetric", "many channels, small image", "depthwise"])
 def test_every_epilogue_is_inside_the_kernel(name: str, epilogue: Any) -> None:
     check(*HOSTILE[name], epilogue=epilogue)
 
@@ -91,7 +92,7 @@ def test_every_epilogue_is_inside_the_kernel(name: str, epilogue: Any) -> None:
 def test_configurations_of_the_tuning_space_are_right(out: int, channels: int, conv: Any, image: Any) -> None:
     """A spread of them; the first is covered everywhere else."""
     structure = member(out, channels, conv)
-    for config in (7, 19, 31, 45):
+    for config in (7, 19, 45):
         built = build_kernel(structure, 2, name="conv2d", conv=conv, image=image, config=config, epilogue=EVERYTHING)
         assert built is not None
         run_kernel(structure, 2, built=built, image=image, allocate=guarded_buffer).check()

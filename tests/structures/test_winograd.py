@@ -100,7 +100,9 @@ def test_gradients_are_those_of_the_convolution(tile, kernel):
         torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize(("tile", "kernel", "bound"), [(2, 3, 1e-6), (4, 3, 3e-6), (6, 3, 2e-5), (2, 5, 3e-6), (4, 5, 2e-5)])
+@pytest.mark.parametrize(
+    ("tile", "kernel", "bound"), [(2, 3, 1e-6), (4, 3, 3e-6), (6, 3, 2e-5), (2, 5, 3e-6), (4, 5, 2e-5)]
+)
 def test_rounding_in_float32_stays_small(tile, kernel, bound):
     """Bounds are about three times what 64 channels of normal data show."""
     layer = conv(8, 64, kernel, "float32")
@@ -161,7 +163,15 @@ def test_an_unknown_tile_is_refused_with_the_known_ones():
 
 @pytest.mark.parametrize(
     ("image", "padding", "tile"),
-    [((56, 56), 1, 4), ((7, 7), 1, 2), ((8, 8), 1, 4), ((14, 300), 1, 4), ((300, 5), 1, 2), (None, 1, 4), ((9, 9), 0, 2)],
+    [
+        ((56, 56), 1, 4),
+        ((7, 7), 1, 2),
+        ((8, 8), 1, 4),
+        ((14, 300), 1, 4),
+        ((300, 5), 1, 2),
+        (None, 1, 4),
+        ((9, 9), 0, 2),
+    ],
 )
 def test_detection_chooses_the_tile_for_the_image(image, padding, tile):
     found = Winograd.detect(conv(64, 64, 3, "float32", padding=(padding,) * 4, input_hw=image))

@@ -22,7 +22,8 @@ from tvm_structured.structures.truncated_svd import tail_energies
 
 Point = tuple[int, int]
 
-FIRST_SAMPLE, LARGE_SAMPLE = 96, 320  # side of the samples that ranks are read from
+# side of the samples that ranks are read from; BLAS multiplies 64 x 64 on one thread, without waking others
+FIRST_SAMPLE, LARGE_SAMPLE = 64, 320
 MANY_POINTS = 600  # more of them (a 5040 x 5040 weight has 3600) make do with smaller samples
 CREDIBLE = 0.75  # a higher share of a sample's side is no rank: repeated rows may hide a much higher one
 

@@ -21,7 +21,8 @@ from tvm_structured.structures.rank_lattice import RankLattice, modes_of
 from tvm_structured.structures.tt_order import Order, cheapest_order, core_matrix
 from tvm_structured.structures.tt_svd import Modes, tt_svd
 
-MOST_VERIFICATIONS = 8  # chains tried on the whole weight before detection is content with what it has
+NEARLY_SMALLEST = 1.1  # a verified train is good enough if no other can have fewer parameters by more than this
+MOST_VERIFICATIONS = 6  # chains tried on the whole weight before detection is content with what it has
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +108,7 @@ class TensorTrain(Structure):
 
     @classmethod
     def detect(cls, layer: Any, tol: float = 1e-5) -> Self | None:
-        """The smallest train equal to the weight within `tol`, whatever its modes and their order.
+        """A train equal to the weight within `tol`, whatever its modes and their order: the smallest, or nearly so.
 
         The ranks of all possible unfoldings are sampled, and the smallest chain of them is verified on the whole
         weight (`rank_lattice`). Ranks above 240 (120 for sizes with very many divisors) are seen only where they
@@ -123,7 +124,7 @@ class TensorTrain(Structure):
             if smallest is not None and not lattice.known[smallest[1]].all():
                 lattice.sample_unknown()
                 smallest = lattice.smallest_chain()
-            if smallest is None or (best is not None and smallest[0] >= best.num_params):
+            if smallest is None or (best is not None and best.num_params <= NEARLY_SMALLEST * smallest[0]):
                 break
             chain = smallest[1]
             modes = modes_of([lattice.points[index] for index in chain], matrix_shape(layer))
@@ -185,6 +186,8 @@ class TensorTrain(Structure):
 
     def dense(self) -> Any:
         """(out, in); of the kind of the cores, and differentiable where they are torch tensors."""
+        if len(self.cores) == 1:
+            return self.cores[0].reshape(self.shape)
         half = len(self.cores) // 2
         left, right = merge_cores(self.cores[:half]), merge_cores(self.cores[half:])
         # (m_left, 1, n_left, r) times (m_right, r, n_right): the digits end up in order without a transposition
