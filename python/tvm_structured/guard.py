@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,7 +117,7 @@ def by_price(layer: Layer, found: Candidates, price: Price) -> tuple[Structure, 
         ranked = [member for member in group if id(member) in wins]
         if not ranked:
             continue
-        best = ranked[0] if group is found.near else min(ranked, key=lambda m: costs[id(m)].seconds)
+        best = ranked[0] if group is found.near else cheapest(ranked, costs)
         cost = costs[id(best)]
         reason = f"{found.reason(best)}; {ratio(limit, cost)}"
         return best, Note(
@@ -128,6 +128,13 @@ def by_price(layer: Layer, found: Candidates, price: Price) -> tuple[Structure, 
         best = min(found.all(), key=lambda m: costs[id(m)].seconds)
         reason = f"kept dense: {best.name} {best.describe()} is {ratio(limit, costs[id(best)])}"
     return dense, Note(0.0, reason, "", limit.seconds, limit.seconds, limit.is_measured)
+
+
+def cheapest(members: Sequence[Structure], costs: Mapping[int, Cost]) -> Structure:
+    """The fastest; among those that are as fast within SLACK the one with the fewest numbers."""
+    fastest = min(costs[id(member)].seconds for member in members)
+    level = [member for member in members if costs[id(member)].seconds <= fastest + SLACK]
+    return min(level, key=lambda member: (member.num_params, costs[id(member)].seconds))
 
 
 def ratio(dense: Cost, other: Cost) -> str:

@@ -166,7 +166,7 @@ def test_every_matrix_family_convolves(name: str, kernel: tuple[int, int]) -> No
 
 @pytest.mark.parametrize("symbolic", [False, True], ids=["static", "symbolic batch"])
 def test_a_plain_convolution_runs_on_images(symbolic: bool) -> None:
-    weight = random(9, 4, 3, 3) / 6
+    weight = random(10, 4, 3, 3) / 6
     conv = ConvGeometry((3, 3), (2, 1), (1, 0, 2, 1), (1, 2), 2)
     check_conv("conv2d", [weight], {}, weight, conv, (11, 13), symbolic=symbolic)
 

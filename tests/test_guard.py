@@ -1,0 +1,107 @@
+"""The guard: a form is taken because it is faster, and never when it is slower."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import tvm_structured as ts
+from torch import nn
+from tvm_structured.compiler import canonicalize, settle_plan
+from tvm_structured.cost_store import CostStore
+from tvm_structured.frontend import import_model
+from tvm_structured.guard import SLACK, Cost
+from tvm_structured.planning import make_plan
+from tvm_structured.structures import Budget, Conv2d, Dense, Structure
+from tvm_structured.targets import resolve_target
+
+RNG = np.random.default_rng(0)
+LOW_RANK = Dense("w", (RNG.standard_normal((64, 3)) @ RNG.standard_normal((3, 64))).astype(np.float32))
+RANDOM = Dense("w", RNG.standard_normal((64, 64)).astype(np.float32))
+
+
+def priced(**milliseconds: float):  # type: ignore[no-untyped-def]
+    """A price list by structure name; what is not on it costs ten times the dense layer."""
+
+    def price(name: str, structure: Structure) -> Cost:
+        return Cost(milliseconds.get(structure.name, 10 * milliseconds["dense"]) * 1e-3, True)
+
+    return price
+
+
+def test_structure_that_loses_stays_dense_and_the_note_says_by_how_much() -> None:
+    plan = make_plan({"w": LOW_RANK}, price=priced(dense=1.0, low_rank=1.3))
+    assert plan.choices["w"].name == "dense"
+    assert plan.notes["w"].reason == "kept dense: low_rank rank=3 is 1.3x slower"
+
+
+def test_structure_that_wins_is_taken_with_its_gain() -> None:
+    plan = make_plan({"w": LOW_RANK}, price=priced(dense=1.0, low_rank=0.25))
+    assert plan.choices["w"].name == "low_rank"
+    assert "4.0x faster" in plan.notes["w"].reason
+    assert (plan.notes["w"].seconds, plan.notes["w"].dense_seconds) == (0.25e-3, 1e-3)
+
+
+def test_within_the_noise_of_a_clock_fewer_numbers_win() -> None:
+    plan = make_plan({"w": LOW_RANK}, price=priced(dense=0.01, low_rank=0.01 + 0.5e3 * SLACK))
+    assert plan.choices["w"].name == "low_rank"
+
+
+def test_with_a_budget_the_nearest_form_that_wins_is_taken() -> None:
+    budget = Budget(max_params=0.25)
+    nearest = make_plan({"w": RANDOM}, budget).choices["w"].name
+    other = "block_circulant" if nearest != "block_circulant" else "permuted_diagonal"
+    assert (
+        make_plan({"w": RANDOM}, budget, priced(dense=1.0, **{nearest: 0.9, other: 0.1})).choices["w"].name == nearest
+    )
+    assert make_plan({"w": RANDOM}, budget, priced(dense=1.0, **{nearest: 1.1, other: 0.1})).choices["w"].name == other
+
+
+def test_winograd_tiles_are_told_apart_by_their_price() -> None:
+    conv = Conv2d("w", RNG.standard_normal((16, 16, 3, 3)).astype(np.float32), padding=(1, 1, 1, 1), input_hw=(28, 28))
+
+    def price(name: str, structure: Structure) -> Cost:
+        return Cost({"": 1.0, "tile=2": 0.5, "tile=4": 0.9}.get(structure.describe(), 5.0), True)
+
+    assert make_plan({"w": conv}, price=price).choices["w"].describe() == "tile=2"
+
+
+def test_a_compiled_model_measures_once_and_remembers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TVM_STRUCTURED_CACHE", str(tmp_path))
+    model, x = nn.Sequential(nn.Linear(256, 512, bias=False)).eval(), torch.randn(1, 256)
+    model[0].weight.data = torch.from_numpy(ts.STRUCTURES["low_rank"].project(model[0].weight, 0.05).dense())
+    first = ts.compile(model, inputs=(x,), target="host")
+    lines = (tmp_path / "costs.jsonl").read_text().splitlines()
+    assert len(lines) >= 2  # dense, and every form that came into question
+    again = ts.compile(model, inputs=(x,), target="host")
+    assert (tmp_path / "costs.jsonl").read_text().splitlines() == lines
+    assert again.plan.notes == first.plan.notes
+    assert first.plan.notes["0.weight"].is_measured
+
+
+def test_without_measuring_the_plan_says_predicted() -> None:
+    model, x = nn.Linear(256, 512).eval(), torch.randn(1, 256)
+    model.weight.data = torch.from_numpy(ts.STRUCTURES["low_rank"].project(model.weight, 0.05).dense())
+    for options in (
+        {"measure": False},
+        {"target": {"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mcpu": "cortex-a72"}},
+    ):
+        mod = canonicalize(import_model(model, (x,)))
+        target = resolve_target(options.get("target", "host"))
+        plan = settle_plan(mod, target, measure=options.get("measure", True))
+        assert plan.choices["weight"].name == "low_rank"
+        assert "(predicted)" in plan.notes["weight"].reason
+
+
+def test_the_store_survives_damaged_lines_and_folders_that_cannot_be_written(tmp_path: Path) -> None:
+    path = tmp_path / "costs.jsonl"
+    store = CostStore(path)
+    store.put("a", 0.5, "dense")
+    path.write_text("garbage\n\n[1]\n" + path.read_text() + '{"key": "b", "seconds": "x"}\n{"key": "c", "sec')
+    again = CostStore(path)
+    assert (again.get("a"), again.get("b"), len(again)) == (0.5, None, 1)
+    blocked = CostStore(path / "not-a-folder" / "costs.jsonl")
+    blocked.put("a", 1.0, "dense")
+    assert blocked.get("a") == 1.0
