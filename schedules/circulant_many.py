@@ -130,8 +130,8 @@ class ManyRows:
         if not isinstance(self.rows, int):
             return rows
         mr = self.config["mr"]
-        pieces = -(-(-(-self.rows // rows)) // workers) * workers
-        return min(self.rows, -(-(-(-self.rows // pieces)) // mr) * mr)
+        pieces = ceildiv(ceildiv(self.rows, rows), workers) * workers
+        return min(self.rows, ceildiv(ceildiv(self.rows, pieces), mr) * mr)
 
     def pieces(self, outer: Any, inner: Any, chunk: int) -> None:
         """All rows, `chunk` at a time; `outer` and `inner` say which of the loops runs in parallel."""

@@ -19,7 +19,7 @@ ALLOWED = {
     "planning": {"errors", "structures", "progress", "plan_files", "guard"},
     "guard": {"structures"},
     "nn": {"errors", "structures", "dialect", "schedules", "planning", "progress", "files"},
-    "module": {"errors", "files", "inputs", "targets", "planning", "report"},
+    "module": {"tvm_log", "errors", "files", "inputs", "targets", "planning", "report"},
     "costs": {"cost_store", "dialect", "guard", "relay_passes", "schedules", "structures", "targets"},
     "relay": {
         "compiler", "errors", "files", "frontend", "guard", "inputs", "module", "planning", "relay_passes", "report",

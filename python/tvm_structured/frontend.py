@@ -124,9 +124,16 @@ def from_torch(model: Any, inputs: Any) -> Imported:
             custom_convert_map=custom_convert_map(model),
         )
     except Exception as error:  # the importer raises AssertionError, KeyError, ValueError, TVMError, ...
-        raise ModelError(f"TVM cannot import this torch program: {first_line(error)}") from error
+        raise ModelError(f"TVM cannot import this torch program: {first_line(error)}{precision_hint(model)}") from error
     named = {**model.graph_signature.inputs_to_parameters, **model.graph_signature.inputs_to_buffers}
     return split_params(mod, named)
+
+
+def precision_hint(program: Any) -> str:
+    """TVM's importer makes float32 of some operators of other types, which then do not fit together."""
+    dtypes = {str(value.dtype).removeprefix("torch.") for value in program.state_dict.values()}
+    other = sorted(dtypes & {"float16", "bfloat16", "float64"})
+    return f"; it holds {', '.join(other)} weights: convert it with model.float()" if other else ""
 
 
 def export(model: Any, inputs: tuple[Any, ...] | None) -> Any:

@@ -18,6 +18,7 @@ from tvm_structured.errors import ModelError
 from tvm_structured.files import atomic
 from tvm_structured.inputs import Input, check_inputs
 from tvm_structured.targets import use_all_cores
+from tvm_structured.tvm_log import without_scope_warnings
 
 if TYPE_CHECKING:
     from tvm_structured.planning import Plan
@@ -89,7 +90,7 @@ class Compiled(Runnable):
         if path.suffix != ".tar" and cc.get_cc() is None:
             raise ModelError(f"{path}: linking needs a C++ compiler; install g++ or clang++, or set CXX")
         try:
-            with atomic(path) as temporary:
+            with atomic(path) as temporary, without_scope_warnings():
                 self.executable.export_library(str(temporary))
         except FileNotFoundError as error:
             raise ModelError(f"{path}: cannot export ({error})") from None
@@ -112,8 +113,9 @@ def load(path: Any) -> Runnable:
     if not path.is_file():
         raise ModelError(f"{path}: no such file")
     try:
-        executable = tvm.runtime.load_module(os.fspath(path))
-        raw = VirtualMachine(executable, tvm.cpu())[METADATA]().numpy().tobytes()
+        with without_scope_warnings():
+            executable = tvm.runtime.load_module(os.fspath(path))
+            raw = VirtualMachine(executable, tvm.cpu())[METADATA]().numpy().tobytes()
     except Exception as error:  # dlopen errors, missing symbols and foreign modules raise several kinds
         reason = str(error).strip().splitlines()[-1]
         raise ModelError(f"{path}: not a module exported by tvm_structured ({reason}); export it again") from None
