@@ -111,7 +111,7 @@ class ManyRows:
         piece = self.piece_rows(CHUNK_BYTES // 2, 64 if not is_static else 256)
         enough = self.rows >= cores * (piece if not is_static else 4 * self.config["mr"])
         if is_static and (cores == 1 or self.rows * effort(self.blocks, self.e.lanes) < SERIAL_EFFORT):
-            self.pieces(serial, serial, piece)
+            self.pieces(serial, serial, self.balanced(piece, 1))
         else:
             branch(
                 enough,

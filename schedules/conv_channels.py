@@ -16,6 +16,8 @@ from tvm_structured.schedules.cpu import Cpu
 from tvm_structured.schedules.emit import Emitter, local, parallel, scratch, serial
 from tvm_structured.schedules.images import ImageShape, ImageWriter, PaddedCopy, transpose
 
+AHEAD = 32  # terms; the weights of small images come from level 3 or memory
+
 
 def register_blocks(cpu: Cpu) -> tuple[tuple[int, int], ...]:
     """(most pixels, channel vectors) that fit the registers; a block's pixels are transposed as one square."""
@@ -69,6 +71,8 @@ def emit(e: Emitter, shape: ImageShape, config: Config, x: Any, weight: Any, wri
 
             def multiply(term: Term) -> None:
                 panel = [e.bind(e.load(weight, group, index, term.index, q * lanes)) for q in range(nr)]
+                for q in range(nr):
+                    e.prefetch(weight, group, index, term.index + AHEAD, q * lanes)
                 for i, offset in enumerate(offsets):
                     scalar = e.bind(e.splat(pixel(term, origin, offset)))
                     for q in range(nr):

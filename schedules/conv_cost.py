@@ -114,7 +114,7 @@ def traffic(shape: ImageShape, copy: PaddedCopy, direct: bool, unit_blocks: int,
     """Cycles lost to operands that do not stay in cache: weights once a unit, the strip once a block."""
     weights = 4 * shape.groups * shape.outs * shape.depth
     strip = strip_bytes(shape, copy)
-    lost = 4.0 * shape.outs * shape.depth * unit_blocks / blocks / (64 if weights < CACHE else 24)
+    lost = 4.0 * shape.outs * shape.depth * unit_blocks / blocks / (64 if weights < CACHE else 24 if config["form"] == "channels" else 12)
     if strip > CACHE:
         lost += unit_blocks * strip / 12
     return lost

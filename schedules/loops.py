@@ -13,7 +13,6 @@ import tvm_ffi
 from tvm import s_tir, sym, tirx
 from tvm.ir import IRModule
 from tvm.ir.transform import Sequential
-
 from tvm_structured.schedules.nest import substitute, uses
 
 PARTITION = "pragma_loop_partition_hint"  # TVM's LoopPartition reads it

@@ -6,14 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-
 from tvm_structured.schedules.base import Config, Kernel, Site
 from tvm_structured.schedules.dense import gemm
 from tvm_structured.schedules.emit import Emitter, arg, prim_func, scratch
 from tvm_structured.schedules.epilogue import RowWriter
 from tvm_structured.schedules.gemm import pack_panels, register_block
 from tvm_structured.structures.base import Structure
-
 
 # starting the other threads twice takes as long as this many operations on one
 FEW_OPERATIONS = 2_000_000
@@ -28,14 +26,12 @@ class LowRankKernel(Kernel):
         rank, (out, _) = structure.factors["v"].shape[0], structure.shape
         few = isinstance(site.rows, int) and site.rows <= 16
         is_tiny = isinstance(site.rows, int) and structure.flops(site.rows) < FEW_OPERATIONS
-        thin, wide = (register_block(site.cpu, site.rows, n) for n in (rank, out))
-        yield {
-            "thin": thin,
-            "wide": wide,
-            "kc": 1 << 20 if site.rows == 1 else 256 if few else 512,
-            "prefetch": 128,
-            "threads": 1 if is_tiny else site.cpu.cores,
-        }
+        block, wide = (register_block(site.cpu, site.rows, n) for n in (rank, out))
+        default = 1 << 20 if site.rows == 1 else 256 if few else 512
+        threads = 1 if is_tiny else site.cpu.cores
+        for kc in dict.fromkeys((default, 256, 512, 1024)):
+            for thin in dict.fromkeys((block, (block[0], 1))):
+                yield {"thin": thin, "wide": wide, "kc": kc, "prefetch": 128, "threads": threads}
 
     def pack(self, structure: Structure, site: Site, config: Config) -> dict[str, np.ndarray]:
         u, v = structure.factors["u"], structure.factors["v"]

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from tvm import s_tir
-
 from tvm_structured.schedules.cpu import Cpu
 from tvm_structured.schedules.injective import PARALLEL_WORK, schedule_injective
 from tvm_structured.schedules.loops import partition, tile
@@ -182,7 +181,7 @@ def schedule_product(main: Nest, roles: Roles, epilogue: Nest | None, cpu: Cpu) 
 
 
 def tile_buffer(main: Nest, roles: Roles, rows: int, columns: int) -> None:
-    """Store tiles of accumulators in one piece. Else TVM cannot bound a tile of symbolic extents, and reserves it all."""
+    """Store each tile of accumulators in one piece: TVM cannot bound a part of a symbolic extent, and reserves it all."""
     if isinstance(roles.reuse.extent, int) and isinstance(roles.lanes.extent, int):
         return
     sizes = {dimension_of(main.buffers[0], roles.reuse): rows, dimension_of(main.buffers[0], roles.lanes): columns}

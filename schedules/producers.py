@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import tvm_ffi
 from tvm import ir, s_tir, tirx
 from tvm.s_tir.dlight.analysis import get_root_block, normalize_prim_func
 from tvm.s_tir.dlight.analysis.common_analysis import get_sblockrealize
-
 from tvm_structured.schedules.nest import REDUCTION, Loop, Nest, calls, nest_of, product, size_of
 
 EXPENSIVE = ("exp", "erf", "tanh", "sigmoid", "log", "pow", "sqrt", "rsqrt", "sin", "cos", "if_then_else")
@@ -112,7 +112,7 @@ def digit_factors(sch: Any, block: Any, loop: Loop) -> list[int]:
 
     tvm_ffi.structural_walk(realize.block.body, ((tirx.FloorDiv, collect), (tirx.FloorMod, collect)))
     chain = [1, *sorted(q for q in divisors if 1 < q < loop.extent), loop.extent]
-    steps = list(zip(chain, chain[1:], strict=False))
+    steps = list(pairwise(chain))
     if len(chain) == 2 or any(larger % smaller for smaller, larger in steps):
         return []
     return [larger // smaller for smaller, larger in reversed(steps)]

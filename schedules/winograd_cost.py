@@ -79,24 +79,25 @@ def cost(shape: ImageShape, tile: int, cpu: Cpu, config: Config) -> float:
     panel = 4 * shape.channels * width
 
     def products(rows: int) -> float:
-        """All GEMMs of so many tiles, or the time to read the weight if that is longer."""
+        """All GEMMs of so many tiles, and half of the time to read the weight: prefetching hides the rest."""
         term = max(config["mr"] * config["nr"] / 2, (config["mr"] + config["nr"]) / 2, 4.0)
         if panel > LEVEL1:
             term = max(term, 4.0 * config["nr"])
         finish = 2.0 * config["mr"] * config["nr"]
-        return points * blocks * -(-rows // config["mr"]) * (shape.channels * term + finish)
+        multiply = points * blocks * -(-rows // config["mr"]) * (shape.channels * term + finish)
+        return multiply + 0.5 * weight / speed(weight)
 
     if config["order"] == "fused":
         held = 4.0 * points * grid.in_rectangle * (shape.channels + width)
         units = grid.rectangles * batch
-        work = grid.in_rectangle * transforms + max(products(grid.in_rectangle), weight / speed(weight))
+        work = grid.in_rectangle * transforms + products(grid.in_rectangle)
         # what does not fit level 2 is read again for every block of outputs
         work += 0.0 if held <= LEVEL2 else held * blocks / BYTES_PER_CYCLE[1] / 4
         return turns(units, cpu) * work + REGION
     images = config["images"]
     moved = 4.0 * points * images * grid.tiles * (shape.channels + shape.outs)
     one = images * grid.rectangles * grid.in_rectangle * transforms
-    one += max(products(images * grid.tiles), weight / speed(weight)) + 2 * moved / speed(moved)
+    one += products(images * grid.tiles) + 2 * moved / speed(moved)
     return -(-batch // images) * (one / cpu.cores + 3 * REGION)
 
 

@@ -1,4 +1,4 @@
-"""Low-rank mathematics against numpy's full SVD (Eckart-Young) and finite differences; the fast paths against it too."""
+"""Low-rank mathematics against numpy's full SVD (Eckart-Young) and finite differences, fast paths included."""
 
 from __future__ import annotations
 
@@ -74,7 +74,9 @@ def test_projection_takes_the_largest_rank_within_the_budget(shape: tuple[int, i
     layer = as_layer(np.random.default_rng(seed).standard_normal(shape))
     member = LowRank.project(layer, share)
     ranks = [
-        r for r in range(1, min(shape) + 1) if r * sum(shape) <= share * layer.num_params and r * sum(shape) < layer.num_params
+        r
+        for r in range(1, min(shape) + 1)
+        if r * sum(shape) <= share * layer.num_params and r * sum(shape) < layer.num_params
     ]
     assert (member.rank if member else None) == (ranks[-1] if ranks else None)
 
