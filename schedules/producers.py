@@ -26,6 +26,9 @@ def open_schedule(func: Any) -> tuple[Any, list[Nest]] | None:
         return None
     inline_producers(sch)
     infos = normalize_prim_func(sch)
+    for info in infos or ():
+        if not sch.get_loops(info.block_rv):
+            sch.add_unit_loop(info.block_rv)  # rfactor stumbles over neighbours without loops (TVM 0.27)
     nests = [split_digits(sch, info.block_rv) for info in infos or ()]
     found = [nest for nest in nests if nest is not None]
     return (sch, found) if found and len(found) == len(nests) else None

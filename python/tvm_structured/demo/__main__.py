@@ -23,7 +23,7 @@ TOLERANCE = 1e-4  # on logits of order 10
 
 
 @click.command()
-@click.option("--epochs", default=12, show_default=True, help="Passes over the training images.")
+@click.option("--epochs", default=8, show_default=True, help="Passes over the training images.")
 @click.option("-o", "--output", "folder", default="out", show_default=True, type=click.Path(path_type=Path))
 def main(epochs: int, folder: Path) -> None:
     """Digits end to end: torch in, a verified library out."""

@@ -23,7 +23,7 @@ class StructuredLeNet(nn.Module):
         self.conv3 = nn.Conv2d(32, 32, 3, padding=1)
         self.fc1 = StructuredLinear(32 * 7 * 7, 512, "block_circulant", block=8)
         self.fc2 = StructuredLinear(512, 256, "permuted_diagonal", block=8)
-        self.fc3 = StructuredLinear(256, 64, "tensor_train", out_modes=(4, 4, 4), in_modes=(4, 8, 8), rank=8)
+        self.fc3 = StructuredLinear(256, 64, "tensor_train", out_modes=(4, 4, 4), in_modes=(4, 8, 8), rank=3)
         self.fc4 = nn.Linear(64, 10)
 
     def forward(self, x: Tensor) -> Tensor:
