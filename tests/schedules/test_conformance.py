@@ -78,11 +78,13 @@ def test_kernels_are_found_by_their_name():
 @MACHINES
 @ROW_KERNELS
 def test_kernel_equals_the_dense_product(guarded, name, machine):
+    """Every shape; all sizes, and for the first of them all numbers of rows, on the widest machine."""
+    widest = machine == runnable_machines()[-1]
     cases = []
     for number, shape in enumerate(SHAPES):
-        for index, member in enumerate(members_of(name, layer_of(shape))):
-            every = machine == runnable_machines()[-1] and index == 0
-            rows = ROWS if every else (ROWS[(number + index) % len(ROWS)],)
+        members = members_of(name, layer_of(shape))
+        for index, member in enumerate(members if widest else members[number % 3 :][:1] or members[:1]):
+            rows = ROWS if widest and index == number % 3 else (ROWS[(number + index) % len(ROWS)],)
             cases.append({"structure": member, "name": name, "rows": rows, "machine": machine, "epilogue": EVERYTHING})
     assert guarded(check_all_guarded, cases) >= len(cases) > 0
 
@@ -99,8 +101,8 @@ def test_every_epilogue_is_inside_the_kernel(guarded, name):
 def test_one_kernel_with_symbolic_rows_serves_every_batch(guarded, name, machine):
     cases = [
         {"structure": member, "name": name, "rows": ROWS, "symbolic": True, "machine": machine, "epilogue": EVERYTHING}
-        for shape in ((13, 17), (96, 256), (7, 5, 3, 3))
-        for member in members_of(name, layer_of(shape))[:2]
+        for shape in ((96, 256), (7, 5, 3, 3))
+        for member in members_of(name, layer_of(shape))[:1]
     ]
     assert guarded(check_all_guarded, cases) == len(cases) * len(ROWS) > 0
 
@@ -108,19 +110,19 @@ def test_one_kernel_with_symbolic_rows_serves_every_batch(guarded, name, machine
 @ROW_KERNELS
 def test_every_configuration_is_right(guarded, name):
     """Not only the default: tuning may choose any of them."""
-    layer = layer_of((100, 132))
     cases = [
-        {"structure": member, "name": name, "rows": (rows,), "config": config, "epilogue": EVERYTHING}
-        for member in members_of(name, layer)
+        {"structure": member, "name": name, "rows": (rows,), "config": config}
         for rows in (1, 17)
-        for config in range(6)
+        for member in members_of(name, layer_of((60, 44)))[:2]
+        for config in range(1, 5)
     ]
-    assert guarded(check_all_guarded, cases) >= 2
+    default = [{**case, "config": 0} for case in cases[::4]]
+    assert guarded(check_all_guarded, default + cases) >= len(default) > 0
 
 
 @ROW_KERNELS
 def test_large_batches_are_cut_without_gaps(guarded, name):
-    members = members_of(name, layer_of((30, 20)))
+    members = members_of(name, layer_of((30, 20)))[:2]
     cases = [{"structure": member, "name": name, "rows": (300,), "epilogue": EVERYTHING} for member in members]
     assert guarded(check_all_guarded, cases) == len(cases)
 
