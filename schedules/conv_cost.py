@@ -19,6 +19,7 @@ LATENCY = 4  # of a multiply-add: a block needs twice as many sums to keep both 
 LEVEL1 = 32 * 1024  # bytes that stay in level 1
 LEVEL2 = 768 * 1024
 FAR_LOAD = 4.0, 5.0  # cycles for a vector from level 2, and from beyond
+FAR_WEIGHTS = {"channels": 24, "pixels": 12}  # bytes to a cycle from beyond level 2: vectors ahead of time, or scalars
 CACHE = 384 * 1024  # bytes of level 2 that a strip may fill
 UNIT_START = 500  # cycles to start a piece of work
 KEPT = 48  # configurations that are offered for tuning
@@ -26,14 +27,13 @@ KEPT = 48  # configurations that are offered for tuning
 
 def ranked_configs(shape: ImageShape, cpu: Cpu) -> Iterator[Config]:
     """Configurations of both forms, the cheapest first."""
-    candidates = [config for config in all_configs(shape, cpu)]
-    yield from islice(sorted(candidates, key=lambda config: cost(shape, cpu, config)), KEPT)
+    yield from islice(sorted(all_configs(shape, cpu), key=lambda config: cost(shape, cpu, config)), KEPT)
 
 
 def all_configs(shape: ImageShape, cpu: Cpu) -> Iterator[Config]:
     phases = len(conv_pixels.padded_copy(shape, 1).phases)
     for rows in strip_heights(shape):
-        for parts in {1, 2, cpu.cores}:
+        for parts in sorted({1, 2, cpu.cores}):
             if phases <= conv_pixels.PHASE_LIMIT:
                 for mr, nr in conv_pixels.register_blocks(cpu):
                     yield {"form": "pixels", "mr": mr, "nr": nr, "rows": rows, "parts": parts}
@@ -80,7 +80,7 @@ def cost(shape: ImageShape, cpu: Cpu, config: Config) -> float:
     work = -(-blocks // config["parts"]) * per_block + UNIT_START
     if not direct:
         work += copy_cost(shape, copy, lanes)
-    work += traffic(shape, copy, direct, -(-blocks // config["parts"]), blocks, config)
+    work += traffic(shape, copy, -(-blocks // config["parts"]), blocks, config)
     total = shape.groups * units.strips * config["parts"]
     # over many images the pieces even out
     turns = -(-total // cpu.cores) if isinstance(shape.batch, int) and shape.batch == 1 else max(1.0, total / cpu.cores)
@@ -110,11 +110,11 @@ def copy_cost(shape: ImageShape, copy: PaddedCopy, lanes: int) -> float:
     return shape.channels * len(copy.phases) * copy.rows * row
 
 
-def traffic(shape: ImageShape, copy: PaddedCopy, direct: bool, unit_blocks: int, blocks: int, config: Config) -> float:
+def traffic(shape: ImageShape, copy: PaddedCopy, unit_blocks: int, blocks: int, config: Config) -> float:
     """Cycles lost to operands that do not stay in cache: weights once a unit, the strip once a block."""
-    weights = 4 * shape.groups * shape.outs * shape.depth
-    strip = strip_bytes(shape, copy)
-    lost = 4.0 * shape.outs * shape.depth * unit_blocks / blocks / (64 if weights < CACHE else 24 if config["form"] == "channels" else 12)
+    weights, strip = 4 * shape.groups * shape.outs * shape.depth, strip_bytes(shape, copy)
+    per_cycle = 64 if weights < CACHE else FAR_WEIGHTS[config["form"]]
+    lost = 4.0 * shape.outs * shape.depth * unit_blocks / blocks / per_cycle
     if strip > CACHE:
         lost += unit_blocks * strip / 12
     return lost

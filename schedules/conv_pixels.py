@@ -11,7 +11,7 @@ from typing import Any
 
 from tvm import tirx
 
-from tvm_structured.schedules.base import Config
+from tvm_structured.schedules.base import Config, Extent
 from tvm_structured.schedules.conv_units import Term, Units, each_term
 from tvm_structured.schedules.cpu import Cpu
 from tvm_structured.schedules.emit import Emitter, parallel, scratch, serial
@@ -85,27 +85,6 @@ def emit(e: Emitter, shape: ImageShape, config: Config, x: Any, weight: Any, wri
                 for q in range(width):
                     e.store(sums, acc[i][q][0], i, first + q * e.lanes)
 
-        def finish(index: Any) -> None:
-            """The strip's rows of the block's channels."""
-            with serial(0, units.num_outs(index * mr, mr)) as i:
-                channel = group * shape.outs + index * mr + i
-                if copy.pitch == shape.output[1]:
-                    rows, length = 1, config["rows"] * shape.output[1]
-                else:
-                    rows, length = config["rows"], shape.output[1]
-                with serial(0, rows) as r:
-                    lane_blocks(
-                        e,
-                        length,
-                        lambda at, mask: writer.store(
-                            e.load(sums, i, r * copy.pitch + at),
-                            image,
-                            channel,
-                            (first_row + r) * shape.output[1] + at,
-                            mask,
-                        ),
-                    )
-
         with serial(0, num_blocks) as b:
             full, rest = divmod(vectors, nr)
             # read in place, vectors must not run over the strip: the last block moves back and overlaps
@@ -115,4 +94,32 @@ def emit(e: Emitter, shape: ImageShape, config: Config, x: Any, weight: Any, wri
                     block(first_block + b, tirx.min(p * (nr * e.lanes), end - nr * e.lanes), nr)
             if rest:
                 block(first_block + b, end - rest * e.lanes, rest)
-            finish(first_block + b)
+            outs = units.num_outs((first_block + b) * mr, mr)
+            first_out = group * shape.outs + (first_block + b) * mr
+            write_strip(
+                e, writer, sums, (image, first_out, outs), (first_row, config["rows"], shape.output[1], copy.pitch)
+            )
+
+
+def write_strip(
+    e: Emitter,
+    writer: ImageWriter,
+    sums: Any,
+    channels: tuple[Any, Any, Extent],
+    strip: tuple[Any, int, int, int],
+) -> None:
+    """(channels, positions) in scratch -> the image, through the epilogue and without the gaps between rows.
+
+    `channels` is (image, first channel, number), `strip` (first row, rows, width, pitch).
+    """
+    (image, first_channel, num_channels), (first_row, rows, width, pitch) = channels, strip
+    count, length = (1, rows * width) if pitch == width else (rows, width)
+    with serial(0, num_channels) as i:
+        with serial(0, count) as r:
+            lane_blocks(
+                e,
+                length,
+                lambda at, mask: writer.store(
+                    e.load(sums, i, r * pitch + at), image, first_channel + i, (first_row + r) * width + at, mask
+                ),
+            )

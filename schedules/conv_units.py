@@ -97,8 +97,8 @@ def each_term(shape: ImageShape, phases: tuple[int, int], body: Callable[[Term],
     """body(term) for all terms. `phases` is the stride by which the image was split, (1, 1) for a whole image.
 
     Few taps are unrolled; of many only one row is, or nothing if even that is long. Kernel row ky lies in phase
-    ky * dilation % stride; rows of one phase follow each other in steps of `period`, so that a phase is always a
-    number, even where ky is a loop.
+    ky * dilation % stride, which repeats after stride / gcd(stride, dilation) rows; loops run over those that share a
+    phase, so that a phase is always a number.
     """
     (kh, kw), (dv, dh), (sv, sh) = shape.kernel, shape.dilation, phases
     (vertical, down), (horizontal, right) = ((s // gcd(s, d), d // gcd(s, d)) for s, d in ((sv, dv), (sh, dh)))

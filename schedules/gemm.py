@@ -14,7 +14,7 @@ from tvm import tirx
 
 from tvm_structured.schedules.base import Extent
 from tvm_structured.schedules.cpu import Cpu
-from tvm_structured.schedules.emit import Emitter, either, serial
+from tvm_structured.schedules.emit import Emitter, ceildiv, either, serial
 
 UNROLL = 4
 
@@ -30,7 +30,7 @@ def register_block(cpu: Cpu, rows: Extent, out: int) -> tuple[int, int]:
     # at least two panels to a core, else threads idle
     while nr > 1 and -(-vectors // nr) < 2 * cpu.cores:
         nr //= 2
-    return (mr if isinstance(rows, int) and rows < mr else mr), nr
+    return mr, nr
 
 
 def pack_panels(matrix: np.ndarray, width: int) -> np.ndarray:
@@ -86,7 +86,7 @@ def chunked(e: Emitter, depth: int, chunk: int, body: Callable[[Any, Extent, boo
     if pieces == 1:
         body(0, depth, True, True)
         return
-    size = -(-(-(-depth // pieces)) // UNROLL) * UNROLL
+    size = ceildiv(ceildiv(depth, pieces), UNROLL) * UNROLL
     pieces = -(-depth // size)
     with serial(0, pieces) as piece:
         first = piece * size

@@ -15,8 +15,7 @@ from tvm_structured.schedules.emit import Emitter, arg, either, i64, serial
 from tvm_structured.schedules.epilogue import activate
 from tvm_structured.schedules.shuffles import deinterleave
 
-
-MOST_LANES = 16
+MOST_LANES = 16  # of any CPU: scratch is laid out for the widest vectors
 
 
 @dataclass(frozen=True)
@@ -240,7 +239,7 @@ class PaddedCopy:
         """`stride` vectors at a time, deinterleaved."""
         stride, width, left = self.stride[1], self.shape.image[1], self.shape.padding[1]
         step = stride * e.lanes
-        needed = min(width, self.pitch * stride - left)
+        needed = max(0, min(width, self.pitch * stride - left))
         buffer, *lead, pixel = source
 
         def chunk(first: Any, column: Any, masked: bool) -> None:
@@ -256,7 +255,7 @@ class PaddedCopy:
                 if right in planes:
                     e.store(target, vector, start + (planes[right] + (i + left) // stride) + column)
 
-        whole = min(needed, width) // step
+        whole = needed // step
         if whole:
             with serial(0, whole) as i:
                 chunk(i * step, i * e.lanes, False)

@@ -8,6 +8,7 @@ the transformed weight, (points / r)^2 times the weight, is read once; for small
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -155,72 +156,112 @@ def fused(e: Emitter, grid: TileGrid, config: Config, x: Any, weight: Any, write
 
 def staged(e: Emitter, grid: TileGrid, config: Config, x: Any, weight: Any, writer: ImageWriter) -> None:
     """Three parallel regions over a group of images: transforms, GEMMs, inverse transforms."""
-    shape, width = grid.shape, config["nr"] * e.lanes
-    group, tiles = config["images"], grid.tiles
-    depth, outs = padded_channels(e, shape.channels), -(-shape.outs // width) * width
-    data_stride, sum_stride = stride_of(group * tiles * depth), stride_of(group * tiles * outs)
-    data = scratch((grid.points**2 * data_stride,))
-    sums = scratch((grid.points**2 * sum_stride,))
+    batch, group = grid.shape.batch, config["images"]
+    width = config["nr"] * e.lanes
+    data_stride = stride_of(group * grid.tiles * padded_channels(e, grid.shape.channels))
+    sum_stride = stride_of(group * grid.tiles * -(-grid.shape.outs // width) * width)
+    data, sums = (scratch((grid.points**2 * stride,)) for stride in (data_stride, sum_stride))
+    stages = Stages(e, grid, config, (data, data_stride), (sums, sum_stride))
 
-    def stages(first: Any, images: Extent) -> None:
-        def place(unit: Any) -> tuple[Any, Any, Any]:
-            return (first + unit // grid.rectangles, *grid.origin(unit % grid.rectangles))
+    def run(first: Any, images: Extent) -> None:
+        stages.transform(x, first, images)
+        stages.multiply(weight, images)
+        stages.finish(writer, first, images)
 
-        def tile(unit: Any, r: Any, c: Any) -> Any:
-            row, column = grid.origin(unit % grid.rectangles)
-            return unit // grid.rectangles * tiles + (row + r) * grid.size[1] + (column + c)
+    if isinstance(batch, int) and batch <= group:
+        run(0, batch)
+    else:
+        with serial(0, ceildiv(batch, group)) as g:
+            run(g * group, tirx.min(group, batch - g * group))
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Transformed data and products of a group of images in scratch, (points^2, tiles, channels), and what fills them.
+
+    Both are (buffer, elements between points).
+    """
+
+    e: Emitter
+    grid: TileGrid
+    config: Config
+    data: tuple[Any, int]
+    sums: tuple[Any, int]
+
+    @property
+    def depth(self) -> int:
+        """Elements between tiles of the transformed data."""
+        return padded_channels(self.e, self.grid.shape.channels)
+
+    @property
+    def width(self) -> int:
+        """Output channels of a block."""
+        return self.config["nr"] * self.e.lanes
+
+    @property
+    def outs(self) -> int:
+        return -(-self.grid.shape.outs // self.width) * self.width
+
+    def place(self, unit: Any, first_image: Any) -> tuple[Any, Any, Any]:
+        return (first_image + unit // self.grid.rectangles, *self.grid.origin(unit % self.grid.rectangles))
+
+    def tile(self, unit: Any, r: Any, c: Any) -> Any:
+        """The number of a rectangle's tile within the group."""
+        row, column = self.grid.origin(unit % self.grid.rectangles)
+        return unit // self.grid.rectangles * self.grid.tiles + (row + r) * self.grid.size[1] + (column + c)
+
+    def transform(self, x: Any, first_image: Any, images: Extent) -> None:
+        e, (data, stride) = self.e, self.data
+        full, rest = divmod(self.grid.shape.channels, e.lanes)
 
         def gather(unit: Any, channel: Any, count: int) -> None:
             gather_tiles(
                 e,
-                grid,
+                self.grid,
                 x,
-                place(unit),
+                self.place(unit, first_image),
                 channel,
                 count,
                 lambda point, r, c, value: e.store(
-                    data, value, point * data_stride + tile(unit, r, c) * depth + channel
+                    data, value, point * stride + self.tile(unit, r, c) * self.depth + channel
                 ),
             )
 
-        full, rest = divmod(shape.channels, e.lanes)
         if full:
-            with parallel(0, images * grid.rectangles * full) as unit:
+            with parallel(0, images * self.grid.rectangles * full) as unit:
                 gather(unit // full, unit % full * e.lanes, e.lanes)
         if rest:
-            with parallel(0, images * grid.rectangles) as unit:
+            with parallel(0, images * self.grid.rectangles) as unit:
                 gather(unit, full * e.lanes, rest)
 
-        blocks = outs // width
-        with parallel(0, grid.points**2 * blocks) as unit:
+    def multiply(self, weight: Any, images: Extent) -> None:
+        e, (data, data_stride), (sums, sum_stride) = self.e, self.data, self.sums
+        blocks = self.outs // self.width
+        with parallel(0, self.grid.points**2 * blocks) as unit:
             point, block = unit // blocks, unit % blocks
             gemm(
                 e,
-                images * tiles,
-                shape.channels,
-                config,
-                lambda row, k: data[point * data_stride + row * depth + k],
+                images * self.grid.tiles,
+                self.grid.shape.channels,
+                self.config,
+                lambda row, k: data[point * data_stride + row * self.depth + k],
                 lambda k, q: e.load(weight, point, block, k, q * e.lanes),
                 lambda row, q, value: e.store(
-                    sums, value, point * sum_stride + row * outs + block * width + q * e.lanes
+                    sums, value, point * sum_stride + row * self.outs + block * self.width + q * e.lanes
                 ),
             )
 
-        vectors = -(-shape.outs // e.lanes)
-        with parallel(0, images * grid.rectangles * vectors) as unit:
+    def finish(self, writer: ImageWriter, first_image: Any, images: Extent) -> None:
+        e, (sums, stride), outs = self.e, self.sums, self.grid.shape.outs
+        vectors = -(-outs // e.lanes)
+        with parallel(0, images * self.grid.rectangles * vectors) as unit:
             piece, channel = unit // vectors, unit % vectors * e.lanes
             scatter_tiles(
                 e,
-                grid,
+                self.grid,
                 writer,
-                place(piece),
+                self.place(piece, first_image),
                 channel,
-                e.lanes if shape.outs % e.lanes == 0 else tirx.min(e.lanes, shape.outs - channel),
-                lambda point, r, c: e.load(sums, point * sum_stride + tile(piece, r, c) * outs + channel),
+                e.lanes if outs % e.lanes == 0 else tirx.min(e.lanes, outs - channel),
+                lambda point, r, c: e.load(sums, point * stride + self.tile(piece, r, c) * self.outs + channel),
             )
-
-    if isinstance(shape.batch, int) and shape.batch <= group:
-        stages(0, shape.batch)
-    else:
-        with serial(0, ceildiv(shape.batch, group)) as g:
-            stages(g * group, tirx.min(group, shape.batch - g * group))

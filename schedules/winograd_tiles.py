@@ -154,61 +154,76 @@ def gather_tiles(
     place: tuple[Any, Any, Any],
     channel: Any,
     num_channels: int,
-    store: Callable[[int, Any, Any, Any], None],
+    store: Callable[[Any, Any, Any, Any], None],
 ) -> None:
     """store(point, row, column, vector) of B^T d B for `num_channels` <= lanes channels from `channel` on.
 
     x is (batch, channels, pixels); `place` is (image, row, column of the rectangle's first tile), and rows and columns
     of tiles count from there.
     """
-    shape, m, lanes = grid.shape, grid.tile, e.lanes
-    image, tile_row, tile_column = place
-    (height, width), (top, left) = shape.image, shape.padding[:2]
-    rows, columns = grid.rows * m + grid.points - m, grid.columns * m + grid.points - m
-    pitch = -(-columns // lanes) * lanes
-    window = scratch((rows * pitch * lanes,))
+    m, overlap = grid.tile, grid.points - grid.tile
+    pitch = -(-(grid.columns * m + overlap) // e.lanes) * e.lanes
+    window = scratch(((grid.rows * m + overlap) * pitch * e.lanes,))
+    with serial(0, grid.rows * m + overlap) as r:
+        window_row(e, grid, (x, *place), r, (channel, num_channels), (window, pitch))
 
-    with serial(0, rows) as r:
-        row = tile_row * m + r - top
-
-        def convert() -> None:
-            with serial(0, pitch // lanes) as v:
-                column = tile_column * m + v * lanes - left
-                begin = (r * pitch + v * lanes) * lanes
-
-                def square(mask: Any) -> None:
-                    vectors = []
-                    for i in range(num_channels):
-                        index = (image, channel + i, row * width + column)
-                        if mask is None:
-                            vectors.append(e.bind(e.load(x, *index)))
-                            continue
-                        # lanes outside the image must be zero, not merely unread. Two statements: within a Select TVM
-                        # takes the condition for granted, also where it is the mask of a load
-                        loaded = e.bind(e.load_masked(x, mask, *index))
-                        vectors.append(e.bind(tirx.Select(mask, loaded, e.splat(0.0))))
-                    for i, pixel in enumerate(transpose(e, vectors)):
-                        e.store(window, pixel, begin + i * lanes)
-
-                inside = tirx.all(column >= 0, column + lanes <= width)
-                either(inside, lambda: square(None), lambda: square(inside_mask(e, column, width)))
-
-        def clear() -> None:
-            with serial(0, pitch) as i:
-                e.store(window, e.splat(0.0), (r * pitch + i) * lanes)
-
-        either(tirx.all(row >= 0, row < height), convert, clear)
-
-    b_t = transforms(m, shape.kernel[0])[2]
+    b_t = transforms(m, grid.shape.kernel[0])[2]
     with serial(0, grid.rows) as tr:
         with serial(0, grid.columns) as tc:
-            corner = (tr * m * pitch + tc * m) * lanes
+            corner = (tr * m * pitch + tc * m) * e.lanes
             transform_square(
                 e,
                 b_t,
-                lambda i, j: e.load(window, corner + (i * pitch + j) * lanes),
+                lambda i, j: e.load(window, corner + (i * pitch + j) * e.lanes),
                 lambda i, j, value: store(i * grid.points + j, tr, tc, value),
             )
+
+
+def window_row(
+    e: Emitter,
+    grid: TileGrid,
+    source: tuple[Any, Any, Any, Any],
+    r: Any,
+    channels: tuple[Any, int],
+    target: tuple[Any, int],
+) -> None:
+    """Row r of the rectangle's window into `target` (window, pitch), pixel by pixel with channels in lanes.
+
+    `source` is x and the rectangle's place; zeros outside the image.
+    """
+    (x, image, tile_row, tile_column), (window, pitch), (first, num_channels) = source, target, channels
+    (height, width), (top, left) = grid.shape.image, grid.shape.padding[:2]
+    row = tile_row * grid.tile + r - top
+
+    def square(column: Any, begin: Any, mask: Any) -> None:
+        vectors = []
+        for i in range(num_channels):
+            index = (image, first + i, row * width + column)
+            if mask is None:
+                vectors.append(e.bind(e.load(x, *index)))
+                continue
+            # lanes outside the image must be zero, not merely unread. Two statements: within a Select TVM takes the
+            # condition for granted, also where it is the mask of a load
+            loaded = e.bind(e.load_masked(x, mask, *index))
+            vectors.append(e.bind(tirx.Select(mask, loaded, e.splat(0.0))))
+        for i, pixel in enumerate(transpose(e, vectors)):
+            e.store(window, pixel, begin + i * e.lanes)
+
+    def convert() -> None:
+        with serial(0, pitch // e.lanes) as v:
+            column = tile_column * grid.tile + v * e.lanes - left
+            begin = (r * pitch + v * e.lanes) * e.lanes
+            either(
+                tirx.all(column >= 0, column + e.lanes <= width),
+                lambda: square(column, begin, None),
+                lambda: square(column, begin, inside_mask(e, column, width)),
+            )
+
+    def clear() -> None:
+        with serial(0, pitch) as i:
+            e.store(window, e.splat(0.0), (r * pitch + i) * e.lanes)
+
+    either(tirx.all(row >= 0, row < height), convert, clear)
 
 
 def inside_mask(e: Emitter, first: Any, limit: int) -> Any:
@@ -227,7 +242,7 @@ def scatter_tiles(
     place: tuple[Any, Any, Any],
     channel: Any,
     num_channels: Extent,
-    load: Callable[[int, Any, Any], Any],
+    load: Callable[[Any, Any, Any], Any],
 ) -> None:
     """Store A^T M A of a rectangle for `num_channels` <= lanes output channels from `channel` on.
 

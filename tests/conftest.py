@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 os.environ.setdefault("TVM_NUM_THREADS", "2")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # its threads stall on small matrices when all cores are busy
 os.environ["TVM_STRUCTURED_CACHE"] = tempfile.mkdtemp(prefix="tvm-structured-test-")  # costs of tests stay there
 sys.path.insert(0, str(Path(__file__).parent))  # importlib mode leaves it out; kernel_harness is shared
 

@@ -76,7 +76,7 @@ def test_nan_and_inf_weights_name_the_layer(value: float) -> None:
 def test_an_input_of_another_type_is_refused_at_run_time(dtype: torch.dtype) -> None:
     compiled = ts.compile(model(), inputs=(X,))
     name = compiled.inputs[0].name
-    with pytest.raises(ts.ModelError, match=f"{name}: got {str(dtype)[6:]}, the model takes float32"):
+    with pytest.raises(ts.ModelError, match=rf"{name}: got {str(dtype)[6:]}, the model takes float32"):
         compiled(X.to(dtype))
 
 
@@ -114,7 +114,7 @@ def test_empty_dimensions_are_refused_when_compiling() -> None:
 
 def test_plans_of_other_models_and_plans_that_are_none(tmp_path: Path) -> None:
     other = ts.compile(nn.Sequential(nn.Conv2d(3, 4, 1)), inputs=(torch.zeros(1, 3, 4, 4),))
-    with pytest.raises(ts.PlanError, match="0.weight"):
+    with pytest.raises(ts.PlanError, match=r"0\.weight"):
         ts.compile(
             model(),
             inputs=(X,),

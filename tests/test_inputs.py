@@ -41,7 +41,7 @@ def test_an_input_that_does_not_fit_is_named_with_its_value(x: object, message: 
 
 def test_missing_extra_and_unknown_inputs_are_refused() -> None:
     x = np.zeros((5, 3), np.float32)
-    with pytest.raises(ModelError, match="takes 2 inputs .* got 1"):
+    with pytest.raises(ModelError, match=r"takes 2 inputs .* got 1"):
         check_inputs(SPECS, (x,), {})
     with pytest.raises(ModelError, match="got 3"):
         check_inputs(SPECS, (x, x, x), {})

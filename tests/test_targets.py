@@ -39,7 +39,7 @@ def test_cores_given_are_kept_and_missing_ones_are_filled_in(monkeypatch: pytest
 
 @pytest.mark.parametrize("target", ["lvm", "", {"kind": "llvm", "mcup": "x"}, 3, None, {"kind": "nonsense"}])
 def test_a_target_that_tvm_does_not_know_is_named(target: object) -> None:
-    with pytest.raises(ts.TargetError, match="target .*try"):
+    with pytest.raises(ts.TargetError, match=r"target .*try"):
         resolve_target(target)
 
 

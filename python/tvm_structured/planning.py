@@ -163,11 +163,10 @@ def reaches(choice: Structure | Requested, layer: Layer, budget: Budget | None) 
 def unreachable(layers: Mapping[str, Layer], budget: Budget) -> str:
     """The message for a budget that no layer reaches: the nearest miss and what it would need."""
     name, layer = max(layers.items(), key=lambda item: item[1].num_params)
-    members = (f.project(layer, Budget(max_params=1.0)) for f in STRUCTURES.values() if f.takes(layer))
     smallest = [
         f.from_dense(layer, **size) for f in STRUCTURES.values() if f.takes(layer) for size in list(f.sizes(layer))[:1]
     ]
-    best = min((m for m in (*members, *smallest) if m is not None), key=lambda m: m.num_params, default=None)
+    best = min(smallest, key=lambda m: m.num_params, default=None)
     hint = "no structure is defined for it"
     if best is not None:
         fraction = best.num_params / layer.num_params

@@ -32,9 +32,7 @@ def current() -> Options:
 
 
 @contextmanager
-def options(
-    budget: Any = None, plan: Any = None, database: Any = None, measure: bool = True
-) -> Iterator[Options]:
+def options(budget: Any = None, plan: Any = None, database: Any = None, measure: bool = True) -> Iterator[Options]:
     """Use a budget, a plan, a tuning database and the choice to measure in the block, as `ts.compile` does.
 
     >>> with ts.options(budget=ts.Budget(max_params=0.25)):

@@ -39,6 +39,7 @@ HOSTILE = {
     "stride of no power of two": (17, 4, ConvGeometry((3, 5), (3, 5), (1, 2, 1, 2)), (20, 41)),
     "stride wider than a vector": (4, 2, ConvGeometry((1, 20), (1, 20)), (2, 101)),
     "stride beyond the kernel": (33, 7, ConvGeometry((1, 1), (2, 3)), (13, 11)),
+    "output within the padding": (5, 3, ConvGeometry((3, 3), (4, 4), (5, 5, 0, 0)), (1, 1)),
     "dilated": (6, 4, ConvGeometry((3, 3), (2, 1), (4, 3, 4, 3), (4, 3)), (15, 13)),
     "long one-dimensional": (3, 2, ConvGeometry((1, 40), (1, 7), (0, 5, 0, 5)), (1, 300)),
     "pointwise, few pixels": (20, 300, ConvGeometry((1, 1)), (1, 1)),

@@ -35,9 +35,8 @@ def main(epochs: int, folder: Path) -> None:
     say.rule("1. train")
     digits, network = load_digits(), StructuredLeNet()
     trained = train(network, digits, epochs=epochs)
-    say.print(
-        f"{digits.source}: {trained.accuracy:.1%} of {len(digits.test_labels)} test images right, {trained.seconds:.0f} s"
-    )
+    total = len(digits.test_labels)
+    say.print(f"{digits.source}: {trained.accuracy:.1%} of {total} test images right after {trained.seconds:.0f} s")
 
     say.rule("2. compile")
     images = torch.from_numpy(digits.test_images)

@@ -70,8 +70,12 @@ def exceeds_rank(matrix: Array, rank: int, tol: float) -> bool:
         count = columns
     if count <= rank:
         return False
-    chosen = np.sort(np.random.default_rng(rank).permutation(columns)[:count])
-    part = matrix[:, chosen].astype(np.float64)
+    rng = np.random.default_rng(rank)
+    chosen = np.sort(rng.permutation(columns)[:count])
+    # a quarter more rows than columns keep the smallest singular value well above any tolerance; leaving out the
+    # others only lowers the bound
+    kept = np.sort(rng.permutation(rows)[: count + count // 4])
+    part = matrix[np.ix_(kept, chosen)].astype(np.float64)
     gram = part.T @ part
     # the second term stays clear of the rounding of the Gram matrix and of its factorisation
     bound = 1.1 * tol**2 * energy(matrix) / (count - rank) + 4e-15 * count * float(np.trace(gram))
