@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from tvm import relax
+
 from tvm_structured.dialect import LayerCall, static_shape
 from tvm_structured.relay_passes.compose_epilogue import (
     clamp,

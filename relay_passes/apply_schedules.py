@@ -12,6 +12,7 @@ from tvm import relax, s_tir, tirx
 from tvm.ir import IRModule
 from tvm.ir.transform import PassContext, module_pass
 from tvm.target import Target
+
 from tvm_structured.schedules.fallback import default_schedule
 from tvm_structured.schedules.producers import inline_producers
 from tvm_structured.schedules.vector_math import with_vector_math

@@ -9,6 +9,7 @@ import numpy as np
 import tvm
 from tvm import ir, relax
 from tvm.runtime import Tensor
+
 from tvm_structured.dialect import static_shape
 from tvm_structured.relay_passes.expressions import integers, is_static, op_name, permutation
 from tvm_structured.structures.layer import Array

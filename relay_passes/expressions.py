@@ -8,6 +8,7 @@ from typing import Any
 import tvm_ffi
 from tvm import ir, relax, sym, tirx
 from tvm.relax.expr_functor import PyExprVisitor, visitor
+
 from tvm_structured.dialect import static_shape
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import tvm_ffi
 from tvm import ir, relax
+
 from tvm_structured.dialect import LayerCall
 from tvm_structured.structures import Layer, Structure
 

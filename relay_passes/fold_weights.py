@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from tvm import ir, relax
 from tvm.relax.expr_functor import PyExprVisitor, visitor
+
 from tvm_structured.dialect import constant
 from tvm_structured.relay_passes.evaluate_operators import evaluate, slice_bounds
 from tvm_structured.relay_passes.expressions import op_name

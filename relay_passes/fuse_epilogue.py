@@ -19,6 +19,7 @@ import numpy as np
 import tvm
 from tvm import relax
 from tvm.relax.expr_functor import PyExprMutator, mutator
+
 from tvm_structured import dialect
 from tvm_structured.dialect import LayerCall, static_shape
 from tvm_structured.relay_passes.absorb_operators import ABSORB

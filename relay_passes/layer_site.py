@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from tvm import relax
+
 from tvm_structured.dialect import LayerCall, matrix_shape, static_shape
 from tvm_structured.relay_passes.expressions import is_static, op_name, permutation
 from tvm_structured.structures.layer import Array

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from tvm import relax
+
 from tvm_structured.dialect import LayerCall, static_shape
 from tvm_structured.relay_passes.expressions import integers, is_float32, is_static, op_name
 from tvm_structured.schedules.base import ConvGeometry

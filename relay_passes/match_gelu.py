@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from tvm import relax
+
 from tvm_structured.relay_passes.expressions import op_name
 
 TOLERANCE = 1e-5  # relative; exporters round sqrt(2) to float32

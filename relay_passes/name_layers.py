@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from tvm import relax
+
 from tvm_structured.relay_passes.fold_weights import Origin
 from tvm_structured.structures.layer import Array
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import tvm_ffi
 from tvm import ir, relax, tirx, topi
+
 from tvm_structured.dialect import static_shape
 from tvm_structured.relay_passes.expressions import op_name, same_extent, shape_of
 

@@ -14,6 +14,7 @@ import numpy as np
 import tvm
 from tvm import relax
 from tvm.relax.expr_functor import PyExprMutator, mutator
+
 from tvm_structured import dialect
 from tvm_structured.dialect import LayerCall, constant
 from tvm_structured.errors import PlanError

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import numpy as np
+
 from tvm_structured.schedules import circulant_direct, circulant_few, circulant_many
 from tvm_structured.schedules.base import Config, Extent, Kernel, Site
 from tvm_structured.schedules.circulant_direct import Direct

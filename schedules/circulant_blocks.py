@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tvm import tirx
+
 from tvm_structured.schedules import fft
 from tvm_structured.schedules.emit import Emitter, local, scratch, serial
 from tvm_structured.schedules.epilogue import RowWriter

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from tvm import tirx
+
 from tvm_structured.schedules.base import Config, Extent
 from tvm_structured.schedules.cpu import Cpu
 from tvm_structured.schedules.emit import Emitter, ceildiv, parallel, row_blocks, serial

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from tvm import tirx
 from tvm.tirx.script.builder import ir as I
+
 from tvm_structured.schedules.base import Config, Extent
 from tvm_structured.schedules.cpu import Cpu
 from tvm_structured.schedules.emit import Emitter, parallel, row_blocks, scratch, serial, when

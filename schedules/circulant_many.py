@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from tvm import tirx
 from tvm.tirx.script.builder import ir as I
+
 from tvm_structured.schedules import fft
 from tvm_structured.schedules.base import Config, Extent
 from tvm_structured.schedules.circulant_blocks import LaneBlocks

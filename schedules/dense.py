@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from tvm import tirx
+
 from tvm_structured.schedules.base import Config, Extent, Kernel, Site
 from tvm_structured.schedules.emit import Emitter, arg, ceildiv, parallel, prim_func, row_blocks, serial
 from tvm_structured.schedules.epilogue import RowWriter

@@ -14,6 +14,7 @@ from typing import Any
 from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as I
+
 from tvm_structured.schedules.base import Extent
 from tvm_structured.schedules.cpu import Cpu
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tvm import s_tir
+
 from tvm_structured.schedules import injective, matmul, reduction
 from tvm_structured.schedules.cpu import Cpu
 from tvm_structured.schedules.loops import lower_loops

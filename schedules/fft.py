@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+
 from tvm_structured.schedules.emit import Emitter, scratch, serial
 from tvm_structured.schedules.gemm import multiply_block
 

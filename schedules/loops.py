@@ -12,7 +12,8 @@ from typing import Any
 import tvm_ffi
 from tvm import s_tir, sym, tirx
 from tvm.ir import IRModule
-from tvm.ir.transform import Sequential
+from tvm.ir.transform import PassContext, Sequential
+
 from tvm_structured.schedules.nest import substitute, uses
 
 PARTITION = "pragma_loop_partition_hint"  # TVM's LoopPartition reads it
@@ -60,7 +61,9 @@ def lower_loops(func: Any) -> Any:
             tirx.transform.RemoveNoOp(),
         ]
     )
-    lowered = lower(IRModule({"main": func}))["main"]
+    # A loop of one iteration stays a loop: LoopPartition puts a 32-bit 0 for its variable, among 64-bit indices
+    with PassContext(config={"s_tir.LoopPartition": {"no_unroll_loop_with_extent_one": True}}):
+        lowered = lower(IRModule({"main": func}))["main"]
     for kind, rewrite in ((tirx.For, shorten), (tirx.For, whole_vectors), (tirx.AllocBuffer, on_stack)):
         lowered = lowered.with_body(tvm_ffi.structural_map(lowered.body, (kind, rewrite)))
     # Pieces repeat names which their bodies bind

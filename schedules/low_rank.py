@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+
 from tvm_structured.schedules.base import Config, Kernel, Site
 from tvm_structured.schedules.dense import gemm
 from tvm_structured.schedules.emit import Emitter, arg, prim_func, scratch

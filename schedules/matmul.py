@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tvm import s_tir
+
 from tvm_structured.schedules.cpu import Cpu
 from tvm_structured.schedules.injective import PARALLEL_WORK, schedule_injective
 from tvm_structured.schedules.loops import partition, tile

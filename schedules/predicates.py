@@ -9,6 +9,7 @@ from typing import Any
 
 from tvm import s_tir, tirx
 from tvm.s_tir.dlight.analysis.common_analysis import get_sblockrealize
+
 from tvm_structured.schedules.nest import substitute
 
 Predicate = tuple[Any, list[Any]]  # condition over loop variables, iteration variables' values

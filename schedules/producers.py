@@ -9,6 +9,7 @@ import tvm_ffi
 from tvm import ir, s_tir, tirx
 from tvm.s_tir.dlight.analysis import get_root_block, normalize_prim_func
 from tvm.s_tir.dlight.analysis.common_analysis import get_sblockrealize
+
 from tvm_structured.schedules.nest import REDUCTION, Loop, Nest, calls, nest_of, product, size_of
 
 EXPENSIVE = ("exp", "erf", "tanh", "sigmoid", "log", "pow", "sqrt", "rsqrt", "sin", "cos", "if_then_else")

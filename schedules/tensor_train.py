@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from tvm.tirx.script.builder import ir as I
+
 from tvm_structured.schedules.base import Config, Kernel, Site
 from tvm_structured.schedules.emit import Emitter, arg, either, local, parallel, prim_func, scratch, serial
 from tvm_structured.schedules.epilogue import RowWriter

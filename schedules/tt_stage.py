@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tvm.tirx.script.builder import ir as I
+
 from tvm_structured.schedules.base import Extent
 from tvm_structured.schedules.emit import Emitter, row_blocks
 from tvm_structured.schedules.gemm import multiply_block

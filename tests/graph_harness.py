@@ -19,6 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 from tvm import ir, relax
 from tvm.relax.expr_functor import PyExprMutator, mutator
+
 from tvm_structured.dialect import LayerCall
 from tvm_structured.frontend import Imported, import_model
 from tvm_structured.relay_passes.canonicalize_layers import CanonicalizeLayers

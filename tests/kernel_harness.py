@@ -21,6 +21,7 @@ import numpy as np
 import tvm
 from tvm import tirx
 from tvm.target import Target, codegen
+
 from tvm_structured.schedules import KERNELS, ConvGeometry, Cpu, Epilogue, Site
 from tvm_structured.structures import Structure
 

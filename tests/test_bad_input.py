@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import tvm_structured as ts
 from torch import nn
+
+import tvm_structured as ts
 
 X = torch.zeros(2, 8)
 

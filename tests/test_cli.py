@@ -12,6 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from torch import nn
+
 from tvm_structured import cli
 
 pytestmark = pytest.mark.filterwarnings("ignore")

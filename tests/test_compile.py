@@ -12,9 +12,10 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-import tvm_structured as ts
 from torch import nn
 from torch.nn import functional as F
+
+import tvm_structured as ts
 
 RNG = np.random.default_rng(0)
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import tvm_structured as ts
 from torch import nn
+
+import tvm_structured as ts
 from tvm_structured.compiler import canonicalize, settle_plan
 from tvm_structured.cost_store import CostStore
 from tvm_structured.frontend import import_model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from tvm_structured.errors import ModelError
 from tvm_structured.inputs import Input, check_inputs
 

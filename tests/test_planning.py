@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 import tvm_structured as ts
 from tvm_structured.planning import Plan, make_plan
 from tvm_structured.structures import STRUCTURES, Budget, Conv2d, Dense

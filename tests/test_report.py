@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from tvm_structured.report import Report, Row
 
 ROWS = (

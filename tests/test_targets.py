@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 import tvm_structured as ts
 from tvm_structured.schedules import Cpu
 from tvm_structured.targets import host_cpu, resolve_target

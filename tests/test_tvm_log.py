@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
+
 from tvm_structured.tvm_log import without_scope_warnings
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import tvm_structured as ts
 from torch import nn
+
+import tvm_structured as ts
 
 # --- 1. A model whose weights have structure ------------------------------------------------------------------
 # Structure may come from training with `ts.nn`, from somebody else's code, or by luck. Here we plant it: the first

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+
 from tvm_structured.errors import BudgetError, ModelError, PlanError
 from tvm_structured.nn import Structured, StructuredConv2d, StructuredLinear, convert, convertible_layers
 from tvm_structured.structures import STRUCTURES, Budget, Unstructured, as_layer

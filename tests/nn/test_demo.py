@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+
 from tvm_structured import demo
 from tvm_structured.errors import EnvironmentMismatchError
 from tvm_structured.nn import Structured

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from tvm import relax
 from tvm.relax.frontend.torch import from_exported_program
+
 from tvm_structured.dialect import LayerCall, constant, register
 from tvm_structured.errors import KernelNotFoundError
 from tvm_structured.nn import StructuredConv2d, StructuredLinear

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
+
 from tvm_structured.errors import ModelError
 from tvm_structured.nn import StructuredConv2d, StructuredLinear
 from tvm_structured.structures import STRUCTURES, Conv2d, Dense

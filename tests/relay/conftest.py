@@ -9,8 +9,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
-import tvm_structured as ts
 from onnx import TensorProto, helper, numpy_helper
+
+import tvm_structured as ts
 
 
 class Mlp(torch.nn.Module):

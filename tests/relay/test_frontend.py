@@ -9,6 +9,7 @@ import onnxruntime
 import pytest
 import torch
 import tvm
+
 from tvm_structured import relay
 from tvm_structured.errors import ModelError, RemovedNameError
 

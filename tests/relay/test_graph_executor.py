@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import tvm
+
 import tvm_structured as ts
 from tvm_structured import relay
 from tvm_structured.errors import ModelError

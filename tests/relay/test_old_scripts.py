@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 import torch
 import tvm as real_tvm
+
 import tvm_structured as ts
 from tvm_structured import relay
 from tvm_structured.errors import RemovedNameError, TargetError

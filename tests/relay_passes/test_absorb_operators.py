@@ -19,6 +19,7 @@ from graph_harness import (
     weight,
 )
 from tvm import ir, relax
+
 from tvm_structured import dialect
 from tvm_structured.relay_passes.find_layers import find_calls
 from tvm_structured.relay_passes.fuse_epilogue import FuseEpilogue

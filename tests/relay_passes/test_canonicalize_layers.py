@@ -22,6 +22,7 @@ from torch import nn
 from tvm import ir, relax
 from tvm.script import ir as I
 from tvm.script import relax as R
+
 from tvm_structured import dialect
 from tvm_structured.dialect import LayerCall
 from tvm_structured.errors import ModelError

@@ -10,6 +10,7 @@ import pytest
 import tvm
 from graph_harness import const, relax_main, weight
 from tvm import relax
+
 from tvm_structured.relay_passes import evaluate_operators
 from tvm_structured.relay_passes.evaluate_operators import OPERATORS, evaluate, evaluate_by_tvm
 from tvm_structured.relay_passes.fold_weights import WeightFolder

@@ -9,6 +9,7 @@ import pytest
 import tvm
 from graph_harness import const, relax_main, weight
 from tvm import ir, relax
+
 from tvm_structured import dialect
 from tvm_structured.dialect import LayerCall
 from tvm_structured.errors import ModelError

@@ -12,6 +12,7 @@ from graph_harness import node as onnx_node
 from tvm import relax
 from tvm.script import ir as I
 from tvm.script import relax as R
+
 from tvm_structured.frontend import import_model
 from tvm_structured.relay_passes.canonicalize_layers import CanonicalizeLayers
 from tvm_structured.relay_passes.fold_weights import WeightFolder

@@ -30,6 +30,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 from tvm import ir, relax
+
 from tvm_structured import dialect
 from tvm_structured.dialect import LayerCall
 from tvm_structured.relay_passes.find_layers import find_calls

@@ -16,6 +16,7 @@ from graph_harness import (
     weight,
 )
 from tvm import relax
+
 from tvm_structured import dialect
 from tvm_structured.relay_passes.find_layers import find_calls
 from tvm_structured.schedules.base import Epilogue

@@ -11,6 +11,7 @@ import torch
 import tvm
 from kernel_harness import EVERYTHING, finish, output_image, target_for
 from tvm import relax, tirx
+
 from tvm_structured import dialect
 from tvm_structured.dialect import LayerCall
 from tvm_structured.errors import KernelNotFoundError

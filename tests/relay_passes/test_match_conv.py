@@ -21,6 +21,7 @@ from graph_harness import (
 )
 from torch import nn
 from torch.nn import functional as F
+
 from tvm_structured import dialect
 
 # torch's own export and serialisation code warns of its own deprecations

@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 from tvm import relax
+
 from tvm_structured import dialect
 from tvm_structured.relay_passes.canonicalize_layers import CanonicalizeLayers
 from tvm_structured.relay_passes.find_layers import find_calls, find_layers

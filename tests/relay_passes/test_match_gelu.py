@@ -18,6 +18,7 @@ from graph_harness import (
     run,
     weight,
 )
+
 from tvm_structured import dialect
 from tvm_structured.relay_passes.find_layers import find_calls
 from tvm_structured.schedules.base import Epilogue

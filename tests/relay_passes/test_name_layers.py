@@ -18,6 +18,7 @@ from graph_harness import (
 from torch import nn
 from torch.nn import functional as F
 from tvm import relax
+
 from tvm_structured import dialect
 from tvm_structured.dialect import LayerCall
 from tvm_structured.relay_passes.canonicalize_layers import CanonicalizeLayers

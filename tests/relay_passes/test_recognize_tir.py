@@ -20,6 +20,7 @@ from graph_harness import (
     weight,
 )
 from tvm import relax, topi
+
 from tvm_structured import dialect
 from tvm_structured.relay_passes.recognize_tir import recognize
 from tvm_structured.schedules.base import Epilogue

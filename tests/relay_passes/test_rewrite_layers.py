@@ -9,6 +9,7 @@ import pytest
 import tvm
 from graph_harness import CLOSE, const, operators, relax_main, run, run_on_kernels, weight
 from tvm import ir, relax
+
 from tvm_structured import dialect
 from tvm_structured.dialect import LayerCall
 from tvm_structured.errors import PlanError

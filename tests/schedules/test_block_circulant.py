@@ -18,6 +18,7 @@ from kernel_harness import (
     runnable_machines,
     target_for,
 )
+
 from tvm_structured.schedules import KERNELS, Cpu, Epilogue, Site, fft
 from tvm_structured.structures.block_circulant import BlockCirculant
 from tvm_structured.structures.circulant_pattern import Blocks

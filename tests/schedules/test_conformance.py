@@ -12,6 +12,7 @@ import itertools
 import numpy as np
 import pytest
 from kernel_harness import ALL_EPILOGUES, EVERYTHING, check_all_guarded, guarded_buffer, runnable_machines, target_for
+
 from tvm_structured.schedules import KERNELS, ConvGeometry, Cpu, Site
 from tvm_structured.structures import STRUCTURES, Conv2d, Dense, Unstructured, as_layer
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tvm
 from kernel_harness import ALL_EPILOGUES, EVERYTHING, build_kernel, guarded_buffer, run_kernel, runnable_machines
+
 from tvm_structured.errors import KernelNotFoundError, ModelError
 from tvm_structured.schedules import KERNELS, ConvGeometry, Cpu, Site
 from tvm_structured.schedules.conv_cost import all_configs

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from kernel_harness import ALL_EPILOGUES, EVERYTHING, build_kernel, guarded_buffer, run_kernel, runnable_machines
+
 from tvm_structured.structures import Dense, Unstructured
 
 RNG = np.random.default_rng(0)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from kernel_harness import ALL_EPILOGUES, EVERYTHING, build_kernel, guarded_buffer, run_kernel, runnable_machines
 from tvm import tirx
+
 from tvm_structured.schedules import KERNELS, Cpu, Site
 from tvm_structured.structures.low_rank import LowRank
 

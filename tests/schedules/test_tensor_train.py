@@ -17,6 +17,7 @@ from kernel_harness import (
     target_for,
 )
 from tvm import tirx
+
 from tvm_structured.schedules import KERNELS, Cpu, Site
 from tvm_structured.schedules.tt_plan import MergedTrain, cheapest_cuts, plans, tile_for, vector_operations
 from tvm_structured.structures.tensor_train import TensorTrain

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from kernel_harness import ALL_EPILOGUES, EVERYTHING, build_kernel, guarded_buffer, run_kernel, runnable_machines
+
 from tvm_structured.schedules import KERNELS, ConvGeometry, Cpu, Site
 from tvm_structured.schedules.winograd_tiles import pair_columns, row_pairs
 from tvm_structured.structures import Conv2d, Winograd

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.linalg import circulant
+
 from tvm_structured.errors import ModelError
 from tvm_structured.structures import STRUCTURES, Budget, Conv2d, as_layer
 from tvm_structured.structures.block_circulant import BlockCirculant

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from tvm_structured.errors import ModelError
 from tvm_structured.structures import STRUCTURES, Budget, Conv2d, Dense, as_layer
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+
 from tvm_structured.errors import BudgetError, ModelError
 from tvm_structured.structures import Budget, Conv2d, Dense, Structure, Unstructured, as_budget, as_layer, factor
 

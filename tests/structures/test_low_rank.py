@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from tvm_structured.errors import ModelError
 from tvm_structured.structures import STRUCTURES, Budget, Conv2d, Dense, as_layer
 from tvm_structured.structures.low_rank import LowRank, affordable_rank, largest_useful_rank

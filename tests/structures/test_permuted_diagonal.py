@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from tvm_structured.errors import ModelError
 from tvm_structured.structures import Budget, as_layer
 from tvm_structured.structures.permuted_diagonal import PermutedDiagonal

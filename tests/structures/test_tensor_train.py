@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from tvm_structured.errors import ModelError
 from tvm_structured.structures import STRUCTURES, Budget, Conv2d, Dense, as_layer
 from tvm_structured.structures.factorisation import balanced_modes, divisors, factorisations

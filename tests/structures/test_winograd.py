@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from tvm_structured.errors import ModelError
 from tvm_structured.structures import Budget, Conv2d, Dense, Winograd
 from tvm_structured.structures.winograd import TILES, transforms
