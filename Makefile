@@ -14,6 +14,7 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml Makefile
 	@test -n "$(PYTHON)" || { echo "No Python 3.10 to 3.12 with venv found; install one or run: make PYTHON=/path/to/python3.11"; exit 1; }
+	@echo "Setting up $(VENV) with $(PYTHON): some minutes, most of them for torch and TVM"
 	env -u PYTHONPATH -u PYTHONHOME $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -e ".[dev]"

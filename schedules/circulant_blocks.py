@@ -66,7 +66,9 @@ class LaneBlocks:
             if not masked:
                 return e.bind(e.load(x, row, feature))
             mask = e.bind_mask(feature, limit)
-            return e.bind(tirx.Select(mask, e.load_masked(x, mask, row, feature), e.splat(0.0)))
+            # two statements: inside the Select TVM would take the load's mask for true and read out of bounds
+            loaded = e.bind(e.load_masked(x, mask, row, feature))
+            return e.bind(tirx.Select(mask, loaded, e.splat(0.0)))
 
         if self.dense_lanes and self.is_contiguous:
             first = group * (e.lanes * self.n)

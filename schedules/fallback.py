@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tvm import s_tir
+from tvm.error import InternalError
 
 from tvm_structured.schedules import injective, matmul, reduction
 from tvm_structured.schedules.cpu import Cpu
@@ -26,10 +27,14 @@ def default_schedule(func: Any, target: Any) -> Any | None:
 
 
 def attempt(rule: Rule, func: Any, target: Any) -> Any | None:
-    """A rule's answer. Whether a primitive applies is often known only to the primitive: a refusal is a `None`."""
+    """A rule's answer, None also where TVM refused.
+
+    Whether a primitive applies is often known only to the primitive, which then raises; a few (rfactor) have gaps in
+    these checks and end in an InternalError. Rules work on a copy, so the function is as it was.
+    """
     try:
         return rule(func, target)
-    except s_tir.ScheduleError:
+    except (s_tir.ScheduleError, InternalError):
         return None
 
 

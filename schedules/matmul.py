@@ -182,7 +182,7 @@ def schedule_product(main: Nest, roles: Roles, epilogue: Nest | None, cpu: Cpu) 
 
 
 def tile_buffer(main: Nest, roles: Roles, rows: int, columns: int) -> None:
-    """Store each tile of accumulators in one piece: TVM cannot bound a part of a symbolic extent, and reserves it all."""
+    """Store each tile of accumulators in one piece: TVM cannot bound a part of a symbolic extent."""
     if isinstance(roles.reuse.extent, int) and isinstance(roles.lanes.extent, int):
         return
     sizes = {dimension_of(main.buffers[0], roles.reuse): rows, dimension_of(main.buffers[0], roles.lanes): columns}

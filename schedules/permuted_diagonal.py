@@ -259,8 +259,9 @@ def double_blocks(e: Emitter, blocks: DiagonalBlocks, rows: Extent, x: Any, doub
             for offset in (0, p):
                 with serial(0, vectors) as v:
                     mask = e.bind_mask(start + v * lanes, end)
-                    value = tirx.Select(mask, e.load_masked(x, mask, row, start + v * lanes), e.splat(0.0))
-                    e.store(doubled, value, row, j, offset + v * lanes)
+                    # two statements: inside the Select TVM would take the load's mask for true
+                    loaded = e.bind(e.load_masked(x, mask, row, start + v * lanes))
+                    e.store(doubled, tirx.Select(mask, loaded, e.splat(0.0)), row, j, offset + v * lanes)
 
     with parallel(0, rows) as row:
         copy(row)

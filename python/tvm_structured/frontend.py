@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,12 +118,15 @@ def from_torch(model: Any, inputs: Any) -> Imported:
     if isinstance(model, torch.nn.Module):
         model = export(model, as_tuple(inputs))
     try:
-        mod = from_exported_program(
-            model,
-            keep_params_as_input=True,
-            unwrap_unit_return_tuple=True,
-            custom_convert_map=custom_convert_map(model),
-        )
+        with warnings.catch_warnings():
+            # TVM's importer calls a part of torch's pytree that torch has deprecated
+            warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+            mod = from_exported_program(
+                model,
+                keep_params_as_input=True,
+                unwrap_unit_return_tuple=True,
+                custom_convert_map=custom_convert_map(model),
+            )
     except Exception as error:  # the importer raises AssertionError, KeyError, ValueError, TVMError, ...
         raise ModelError(f"TVM cannot import this torch program: {first_line(error)}{precision_hint(model)}") from error
     named = {**model.graph_signature.inputs_to_parameters, **model.graph_signature.inputs_to_buffers}

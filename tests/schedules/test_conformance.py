@@ -79,13 +79,13 @@ def test_kernels_are_found_by_their_name():
 @MACHINES
 @ROW_KERNELS
 def test_kernel_equals_the_dense_product(guarded, name, machine):
-    """Every shape; all sizes, and for the first of them all numbers of rows, on the widest machine."""
+    """Every shape; on the widest machine all sizes, and for some all numbers of rows."""
     widest = machine == runnable_machines()[-1]
     cases = []
     for number, shape in enumerate(SHAPES):
         members = members_of(name, layer_of(shape))
         for index, member in enumerate(members if widest else members[number % 3 :][:1] or members[:1]):
-            rows = ROWS if widest and index == number % 3 else (ROWS[(number + index) % len(ROWS)],)
+            rows = ROWS if widest and number % 3 == index == 0 else (ROWS[(number + index) % len(ROWS)],)
             cases.append({"structure": member, "name": name, "rows": rows, "machine": machine, "epilogue": EVERYTHING})
     assert guarded(check_all_guarded, cases) >= len(cases) > 0
 
