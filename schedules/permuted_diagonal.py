@@ -5,6 +5,7 @@ Three ways to compute it:
     permute  lanes = block rows, p <= lanes: a register permutation gives each lane its entry of an x block
     gemm     k_ij = f_i + g_j (mod p): p dense products between two static permutations (permuted_diagonal_gemm)
     slices   any p, any CPU: x blocks doubled to length 2p, so that (c + k) mod p for all c is one slice
+             (permuted_diagonal_slices)
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from tvm.tirx.script.builder import ir as I
 
 from tvm_structured.schedules.base import Config, Extent, Kernel, Site
 from tvm_structured.schedules.diagonal_blocks import DiagonalBlocks
-from tvm_structured.schedules.emit import Emitter, arg, ceildiv, parallel, prim_func, row_blocks, scratch, serial
+from tvm_structured.schedules.emit import Emitter, arg, ceildiv, parallel, prim_func, row_blocks, serial
 from tvm_structured.schedules.epilogue import RowWriter
 from tvm_structured.schedules.permuted_diagonal_gemm import MAX_GEMM_BLOCK, emit_gemm, gemm_space, pack_gemm
+from tvm_structured.schedules.permuted_diagonal_slices import emit_slices, pack_slices, slices_space
 from tvm_structured.schedules.shuffles import interleave
 from tvm_structured.structures.base import Structure
 
 UNITS = (32, 64)  # about so many rows of x stay in L2 beside the diagonals of a group of block rows
-ROWS_PER_UNIT = 32
 
 
 class PermutedDiagonalKernel(Kernel):
@@ -65,9 +66,6 @@ def lanes_used(count: int, lanes: int) -> float:
     return count / (-(-count // lanes) * lanes)
 
 
-# -- permute ------------------------------------------------------------------------------------------------
-
-
 def permutes(lanes: int) -> str | None:
     """LLVM's name of the instruction that gives every lane any lane of a vector."""
     return {16: "llvm.x86.avx512.permvar.sf.512", 8: "llvm.x86.avx2.permps"}.get(lanes)
@@ -81,7 +79,7 @@ def permute_space(blocks: DiagonalBlocks, site: Site) -> Iterator[Config]:
     for pieces in range(1, blocks.p + 1):
         depth = -(-blocks.p // pieces)
         rows = min(most, 8, room // (depth + 1))
-        if rows >= 1 and (pieces == 1 or rows > choices[-1]["rows"]):
+        if rows >= 1 and (not choices or rows > choices[-1]["rows"]):
             choices.append({"way": "permute", "depth": depth, "rows": rows})
     choices.sort(key=lambda c: c["rows"] < min(3, most))  # stable: as few passes over x as three rows allow
     for unit in UNITS:
@@ -176,95 +174,6 @@ def emit_permute(
         first = unit // groups * config["unit"]
         count = rows if isinstance(rows, int) and rows <= config["unit"] else tirx.min(config["unit"], rows - first)
         row_blocks(count, config["rows"], lambda row, n: block(unit % groups, row, n), first)
-
-
-# -- slices -------------------------------------------------------------------------------------------------
-
-
-def slices_space(blocks: DiagonalBlocks, site: Site) -> Iterator[Config]:
-    """`rows` rows of x by `vectors` vectors of a diagonal in registers."""
-    vectors = -(-blocks.p // site.cpu.lanes)
-    room = site.cpu.registers // 2
-    most = site.rows if isinstance(site.rows, int) else 8
-    seen = set()
-    for limit in (room // 4, room // 8, room):
-        wide = -(-vectors // -(-vectors // limit))  # strips of equal width
-        if wide not in seen:
-            seen.add(wide)
-            yield {"way": "slices", "vectors": wide, "rows": max(1, min(most, room // wide, 8))}
-
-
-def pack_slices(blocks: DiagonalBlocks, lanes: int, config: Config) -> dict[str, np.ndarray]:
-    """diagonals (block rows, columns, p in whole vectors); shifts (block rows, columns)."""
-    padding = -blocks.p % lanes
-    return {
-        "diagonals": np.pad(blocks.diagonals, ((0, 0), (0, 0), (0, padding))).astype(np.float32),
-        "shifts": blocks.shifts.astype(np.int32),
-    } | blocks.column_table()
-
-
-def emit_slices(
-    e: Emitter,
-    blocks: DiagonalBlocks,
-    rows: Extent,
-    x: Any,
-    constants: dict[str, Any],
-    writer: RowWriter,
-    config: Config,
-) -> None:
-    p, lanes, wide = blocks.p, e.lanes, config["vectors"]
-    q, shifts, table = constants["diagonals"], constants["shifts"], constants.get("columns")
-    vectors = -(-p // lanes)
-    # a slice starts below p and has whole vectors; what it reads behind 2p meets zeros of q and must be finite
-    doubled = scratch((rows, blocks.columns, 2 * vectors * lanes))
-    double_blocks(e, blocks, rows, x, doubled, table)
-    strips = -(-vectors // wide)
-
-    def strip(i: Any, first_vector: Any, row: Any, count: int) -> None:
-        acc = [e.registers(wide) for _ in range(count)]
-        for registers in acc:
-            e.zero(registers)
-        with serial(0, blocks.columns) as j:
-            shift = I.Bind(shifts[i, j])
-            for v in range(wide):
-                position = tirx.min(first_vector + v, vectors - 1) * lanes
-                diagonal = e.bind(e.load(q, i, j, position))
-                for r in range(count):
-                    e.set(acc[r][v], acc[r][v][0] + diagonal * e.load(doubled, row + r, j, shift + position))
-        end = tirx.min(i * p + p, blocks.out)
-        for r in range(count):
-            for v in range(wide):
-                writer.store(acc[r][v][0], row + r, i * p + (first_vector + v) * lanes, limit=end)
-
-    units = blocks.rows * strips
-    with parallel(0, units * ceildiv(rows, ROWS_PER_UNIT)) as unit:
-        first = unit // units * ROWS_PER_UNIT
-        count = rows if isinstance(rows, int) and rows <= ROWS_PER_UNIT else tirx.min(ROWS_PER_UNIT, rows - first)
-        i, strip_number = unit % units // strips, unit % strips
-        row_blocks(count, config["rows"], lambda row, n: strip(i, strip_number * wide, row, n), first)
-
-
-def double_blocks(e: Emitter, blocks: DiagonalBlocks, rows: Extent, x: Any, doubled: Any, table: Any) -> None:
-    """doubled[row, j] = block j of x, twice, then zeros (or what finite values come after it in memory)."""
-    p, lanes = blocks.p, e.lanes
-    vectors = -(-p // lanes)
-
-    def copy(row: Any) -> None:
-        with serial(0, blocks.columns) as j:
-            start = I.Bind(blocks.column_start(j, table))
-            end = I.Bind(tirx.min(start + p, blocks.column_end(j)))
-            for v in range(vectors, 2 * vectors):
-                e.store(doubled, e.splat(0.0), row, j, v * lanes)
-            # in this order: the second copy overwrites what the first one's last vector has behind p
-            for offset in (0, p):
-                with serial(0, vectors) as v:
-                    mask = e.bind_mask(start + v * lanes, end)
-                    # two statements: inside the Select TVM would take the load's mask for true
-                    loaded = e.bind(e.load_masked(x, mask, row, start + v * lanes))
-                    e.store(doubled, tirx.Select(mask, loaded, e.splat(0.0)), row, j, offset + v * lanes)
-
-    with parallel(0, rows) as row:
-        copy(row)
 
 
 SPACES = {"permute": permute_space, "slices": slices_space, "gemm": gemm_space}

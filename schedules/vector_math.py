@@ -1,8 +1,8 @@
 """exp, log, tanh, erf, sigmoid and pow as arithmetic, so that LLVM vectorises the loops that contain them.
 
 TVM lowers each of these functions to one call of libm for every element. The formulas below use only operations that
-have vector instructions. Their relative error is below 3e-7 (a few units in the last place), over the whole range of
-float32, and infinities, NaN and overflow behave as in libm. Coefficients: weighted minimax fits by Lawson's iteration
+have vector instructions. Their relative error is below 4e-7 (a few units in the last place) over the whole range
+of float32; infinities, NaN and overflow behave as in libm. Coefficients: weighted minimax fits by Lawson's iteration
 (C. L. Lawson, "Contributions to the theory of linear least maximum approximations", 1961) in float64.
 """
 
@@ -22,12 +22,14 @@ LOG2_E = 1.44269504
 # log(1 + f) = f - f^2/2 + f^3 P(f) on sqrt(1/2) <= 1 + f <= sqrt(2); 5.8e-9
 LOG_P = (-0.0763449302, 0.127615756, -0.131601831, 0.142017582, -0.166233573, 0.200012269, -0.25000821, 0.333333317)
 SQRT_HALF_BITS = 0x3F3504F3
-# tanh(x) = x + x^3 P(x^2) on |x| <= 0.625; 4.4e-9
-TANH_P = (-0.00570498743, 0.0206390877, -0.0537397152, 0.133314422, -0.333332819)
-# erf(x) = x P(x^2) on |x| <= 0.9; 1.2e-8
-ERF_P = (-0.0006090398, 0.00501197135, -0.0267789159, 0.112821411, -0.376125233, 1.12837915)
-# erf(x) = 1 - exp(-x G(x)) on 0.9 <= x <= 3.95, where erf rounds to 1; 3.1e-9
-ERF_G = (-0.000214595009, 0.00321997539, -0.0229060308, 0.105286854, 0.635699368, 1.12851995)
+# tanh(x) = x P(x^2) / Q(x^2) on |x| <= 9.01, where tanh rounds to 1; 2.1e-8
+TANH_P = (1.33368621e-08, 2.05962848e-05, 0.00349481173, 0.133803722, 0.999999979)
+TANH_Q = (7.76928897e-07, 0.000328436433, 0.0258740293, 0.467136876, 1.0)
+TANH_LIMIT = 9.01
+# erf(x) = x P(x^2) / Q(x^2) on |x| <= 3.85, where erf rounds to 1; 1.4e-8
+ERF_P = (2.10827376e-06, 0.000285676339, 0.00367398751, 0.052479883, 0.187898993, 1.12837915)
+ERF_Q = (3.87319349e-05, 0.00114551523, 0.0147850065, 0.1131295, 0.499854021, 1.0)
+ERF_LIMIT = 3.85
 
 
 def with_vector_math(func: Any) -> Any:
@@ -76,47 +78,38 @@ def power_of_two(exponent: Any) -> Any:
     return tirx.reinterpret("float32", tirx.shift_left(exponent + integer(127), integer(23)))
 
 
-def with_sign_of(x: Any, magnitude: Any) -> Any:
-    return tirx.reinterpret("float32", bits(magnitude) | (bits(x) & integer(-0x80000000)))
-
-
 def exp(x: Any) -> Any:
-    """exp(x) over the whole range: 2^n is applied in two factors, so that denormals and infinity come out right."""
+    """exp(x) = 2^n exp(r), n = round(x / ln 2), r = x - n ln 2.
+
+    2^n is applied in two factors, so that results down to the denormals and up to infinity come out right. Few nested
+    names: TVM's simplifier substitutes their values, and takes exponentially long.
+    """
 
     def whole(x: Any) -> Any:
         # A NaN becomes -104 here (converting it to an integer would be undefined) and comes back at the end
-        half = tirx.Select(x < number(0.0), number(-0.5), number(0.5))
-        value = let(clamp(x, -104.0, 89.0), lambda clamped: exp_bounded(clamped, half, two_factors))
+        value = let(clamp(x, -104.0, 89.0), reduced)
         return tirx.Select(x <= number(float("inf")), value, x)
 
-    def two_factors(value: Any, n: Any) -> Any:
+    def reduced(x: Any) -> Any:
+        # Conversion truncates. Adding and subtracting 1.5 * 2^23 would round too, but gets simplified away
+        half = tirx.Select(x < number(0.0), number(-0.5), number(0.5))
+        return let(
+            tirx.Cast("int32", x * number(LOG2_E) + half), lambda n: let(remainder(x, n), lambda r: scaled(r, n))
+        )
+
+    def remainder(x: Any, n: Any) -> Any:
+        n_float = tirx.Cast("float32", n)
+        return x - n_float * number(LN2_HIGH) - n_float * number(LN2_LOW)
+
+    def scaled(r: Any, n: Any) -> Any:
         half = tirx.shift_right(n, integer(1))
-        return value * power_of_two(half) * power_of_two(n - half)
+        return (r * r * horner(EXP_Q, r) + r + number(1.0)) * power_of_two(half) * power_of_two(n - half)
 
     return let(x, whole)
 
 
-def one_factor(value: Any, n: Any) -> Any:
-    return value * power_of_two(n)
-
-
-def exp_bounded(x: Any, half: Any, scaled: Callable[[Any, Any], Any] = one_factor) -> Any:
-    """exp(x) = 2^n exp(r), n = round(x / ln 2), r = x - n ln 2, for |x| < 87; `half` is 0.5 with the sign of x.
-
-    x is read several times. Few nested names: TVM's simplifier substitutes their values, and takes exponentially long.
-    """
-
-    def reduced(n: Any) -> Any:
-        n_float = tirx.Cast("float32", n)
-        r = x - n_float * number(LN2_HIGH) - n_float * number(LN2_LOW)
-        return let(r, lambda r: scaled(r * r * horner(EXP_Q, r) + r + number(1.0), n))
-
-    # Conversion truncates. Adding and subtracting 1.5 * 2^23 would round too, but gets simplified away
-    return let(tirx.Cast("int32", x * number(LOG2_E) + half), reduced)
-
-
 def clamp(x: Any, low: float, high: float) -> Any:
-    """x within bounds; `low` for a NaN."""
+    """x within bounds; the lower one for a NaN."""
     return tirx.Select(x > number(low), tirx.Select(x < number(high), x, number(high)), number(low))
 
 
@@ -158,26 +151,22 @@ def sigmoid(x: Any) -> Any:
 
 
 def tanh(x: Any) -> Any:
-    """x + x^3 P(x^2) near zero, 1 - 2 / (exp(2|x|) + 1) beyond."""
-
-    def whole(x: Any) -> Any:
-        near = let(x * x, lambda square: x + x * square * horner(TANH_P, square))
-        double = tirx.min(tirx.abs(x) * number(2.0), number(20.0))
-        far = let(double, lambda z: number(1.0) - number(2.0) / (exp_bounded(z, number(0.5)) + number(1.0)))
-        # NaN: min has made `far` finite, and the comparison takes `near`
-        return tirx.Select(tirx.abs(x) >= number(0.625), with_sign_of(x, far), near)
-
-    return let(x, whole)
+    return odd_rational(x, TANH_P, TANH_Q, TANH_LIMIT)
 
 
 def erf(x: Any) -> Any:
-    """x P(x^2) near zero, 1 - exp(-|x| G(|x|)) beyond."""
+    return odd_rational(x, ERF_P, ERF_Q, ERF_LIMIT)
+
+
+def odd_rational(x: Any, numerator: Sequence[float], denominator: Sequence[float], limit: float) -> Any:
+    """x P(x^2) / Q(x^2), constant beyond the limits; a NaN passes."""
 
     def whole(x: Any) -> Any:
-        near = let(x * x, lambda square: x * horner(ERF_P, square))
-        exponent = let(tirx.min(tirx.abs(x), number(3.95)), lambda size: number(0.0) - size * horner(ERF_G, size))
-        far = let(exponent, lambda z: number(1.0) - exp_bounded(z, number(-0.5)))
-        return tirx.Select(tirx.abs(x) >= number(0.9), with_sign_of(x, far), near)
+        below = tirx.Select(x < number(-limit), number(-limit), x)
+        return let(tirx.Select(x > number(limit), number(limit), below), ratio)
+
+    def ratio(x: Any) -> Any:
+        return let(x * x, lambda square: x * horner(numerator, square) / horner(denominator, square))
 
     return let(x, whole)
 

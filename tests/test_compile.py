@@ -279,3 +279,15 @@ def test_a_relax_module_is_a_model_too() -> None:
     value = RNG.standard_normal((3, 20)).astype(np.float32)
     np.testing.assert_allclose(compiled(value), np.maximum(value @ weight.T, 0), rtol=1e-5, atol=1e-5)
     assert list(compiled.plan.choices) == ["constant_0"]
+
+
+def test_results_belong_to_the_caller() -> None:
+    """Outputs are handed over without a copy: the next run must not write into them."""
+    model = nn.Linear(8, 8).eval()
+    compiled = ts.compile(model, inputs=(torch.zeros(2, 8),), measure=False)
+    first = compiled(np.zeros((2, 8), np.float32))
+    kept = first.copy()
+    second = compiled(np.ones((2, 8), np.float32))
+    np.testing.assert_array_equal(first, kept)
+    assert not np.array_equal(first, second)
+    first += 1  # writable

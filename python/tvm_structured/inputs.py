@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -38,6 +40,8 @@ class Input:
 
 def check_inputs(expected: Sequence[Input], inputs: Sequence[Any], named: Mapping[str, Any]) -> list[Any]:
     """The arrays in order. Raises ModelError naming the input that is missing, unknown or does not fit."""
+    if not named and len(inputs) == len(expected) and all(map(fits, expected, inputs)):
+        return list(inputs)  # the usual case, which must not cost as much as a small layer
     names = [spec.name for spec in expected]
     unknown = [name for name in named if name not in names]
     if unknown:
@@ -49,6 +53,21 @@ def check_inputs(expected: Sequence[Input], inputs: Sequence[Any], named: Mappin
         wanted = ", ".join(map(str, expected)) or "none"
         raise ModelError(f"the model takes {len(expected)} inputs ({wanted}), got {len(inputs) + len(named)}")
     return [check_input(spec, given[spec.name]) for spec in expected]
+
+
+def fits(spec: Input, value: Any) -> bool:
+    """Whether an array is certainly right; whatever else it may be, `check_input` finds out."""
+    dtype = getattr(value, "dtype", None)
+    if dtype is None:
+        return False
+    return dtype in accepted_dtypes(spec.dtype) and tuple(value.shape) == spec.shape and 0 not in spec.shape
+
+
+@functools.cache
+def accepted_dtypes(name: str) -> frozenset[Any]:
+    """The dtype as numpy and, where somebody has imported it, torch have it. A set: the two are slow to compare."""
+    torch = sys.modules.get("torch")
+    return frozenset({np.dtype(name), getattr(torch, name, np.dtype(name))})
 
 
 def check_input(spec: Input, value: Any) -> Any:

@@ -160,7 +160,9 @@ def from_tvm(output: Any, as_torch: bool) -> Any:
 
 def convert(tensor: Any, as_torch: bool) -> Any:
     if not as_torch:
-        return tensor.numpy()
+        # without a copy; types that numpy lacks, such as bfloat16, and empty tensors take TVM's own way
+        known = str(tensor.dtype) in np.sctypeDict and 0 not in tensor.shape
+        return np.from_dlpack(tensor) if known else tensor.numpy()
     import torch
 
     return torch.from_numpy(tensor.numpy()) if 0 in tensor.shape else torch.from_dlpack(tensor)
