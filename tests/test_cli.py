@@ -88,3 +88,9 @@ def test_usage_errors_explain_the_form(folder: Path, tmp_path: Path) -> None:
         assert result.exit_code == 2 and "write" in result.output
     assert call("inspect", folder / "m.pt2", "--shape", "x=1,2").exit_code == 2
     assert "inspect" in call("--help").output
+
+
+def test_the_place_of_measured_costs_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TVM_STRUCTURED_CACHE", str(tmp_path))
+    result = call("costs")
+    assert result.output.startswith(f"{tmp_path / 'costs.jsonl'}: 0 measured costs")

@@ -151,6 +151,15 @@ def report(library: Path, json_path: Path | None, html_path: Path | None) -> Non
         found.to_html(html_path)
 
 
+@cli.command()
+def costs() -> None:
+    """Print where measured costs are kept, and how many there are."""
+    from tvm_structured.cost_store import CostStore
+
+    store = CostStore()
+    click.echo(f"{store.path}: {len(store)} measured costs (set TVM_STRUCTURED_CACHE to keep them elsewhere)")
+
+
 def limits(max_params: float | None, max_flops: float | None, max_error: float | None) -> Any:
     """A Budget, or None where nothing limits."""
     from tvm_structured.structures import Budget
