@@ -159,16 +159,20 @@ def erf(x: Any) -> Any:
 
 
 def odd_rational(x: Any, numerator: Sequence[float], denominator: Sequence[float], limit: float) -> Any:
-    """x P(x^2) / Q(x^2), constant beyond the limits; a NaN passes."""
-
-    def whole(x: Any) -> Any:
-        below = tirx.Select(x < number(-limit), number(-limit), x)
-        return let(tirx.Select(x > number(limit), number(limit), below), ratio)
+    """x P(x^2) / Q(x^2), beyond +-limit as there; the rounding errors of the quotient must not carry it past +-1."""
 
     def ratio(x: Any) -> Any:
         return let(x * x, lambda square: x * horner(numerator, square) / horner(denominator, square))
 
-    return let(x, whole)
+    return let(within(x, limit), lambda x: within(ratio(x), 1.0))
+
+
+def within(x: Any, limit: float) -> Any:
+    """x or the nearer of +-limit; a NaN passes."""
+    return let(
+        x,
+        lambda x: tirx.Select(x > number(limit), number(limit), tirx.Select(x < number(-limit), number(-limit), x)),
+    )
 
 
 def power(x: Any, exponent: Any) -> Any | None:

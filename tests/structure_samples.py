@@ -40,6 +40,17 @@ def members(family, shapes=USUAL, dtype="float32", count=3):
     return found
 
 
+def scrambled(member, rng):
+    """Another member of the same size: random factors, indices in another order."""
+    factors = [
+        rng.standard_normal(array.shape).astype(array.dtype)
+        if name in member.trainable_factors
+        else rng.permutation(array.reshape(-1)).reshape(array.shape)
+        for name, array in member.factors.items()
+    ]
+    return type(member).from_factors(member.sizes_of, factors)
+
+
 def works_on_images(family):
     return Dense not in family.accepts
 

@@ -16,6 +16,7 @@ from structure_samples import (
     make_input,
     make_layer,
     members,
+    scrambled,
     some_sizes,
     with_torch,
     works_on_images,
@@ -62,6 +63,18 @@ def test_planted_member_is_detected(family):
         assert found is not None, f"{family.name} {size} of {layer.weight.shape} was not recognised"
         assert type(found) is family
         assert distance(found.dense(), planted.matrix) <= 1e-5
+        assert found.num_params <= member.num_params
+
+
+@FAMILIES
+def test_random_members_are_recovered(family):
+    """Whatever the factors hold, not only what a projection makes of them."""
+    rng = np.random.default_rng(8)
+    for layer, size, member in members(family):
+        planted = layer.with_matrix(scrambled(member, rng).dense())
+        assert family.from_dense(planted, **size).error(planted) <= 1e-5
+        found = family.detect(planted)
+        assert found is not None and found.error(planted) <= 1e-5, f"{family.name} {size} of {layer.weight.shape}"
         assert found.num_params <= member.num_params
 
 

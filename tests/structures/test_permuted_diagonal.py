@@ -46,6 +46,12 @@ def test_dense_and_apply_follow_the_definition(out, inner, p, taps):
     np.testing.assert_allclose(member.apply(x), x @ expected.T, atol=1e-12)
 
 
+def test_operations_are_two_for_every_diagonal_entry():
+    member = random_member(20, 30, 5)
+    assert member.num_params == np.count_nonzero(member.dense()) == 120
+    assert member.flops(7) == 7 * 2 * 120
+
+
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 40), st.integers(1, 30), st.sampled_from([1, 4, 9]), st.integers(2, 12), st.integers(0, 9))
 def test_best_shift_beats_every_other_shift(out, width, taps, p, seed):
