@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import metadata
 
 import pytest
+
 import tvm_structured as ts
 from tvm_structured import _plugin
 
