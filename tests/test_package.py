@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from importlib import metadata
 
 import pytest
@@ -44,3 +47,20 @@ def test_registering_twice_is_harmless() -> None:
 
     dialect.register()
     dialect.register()
+
+
+def test_running_a_module_leaves_the_affinity_of_the_process_alone() -> None:
+    """Elsewhere TVM pins the thread that calls it, and torch is left with one core."""
+    script = (
+        "import os, numpy as np, torch, tvm_structured as ts\n"
+        "before = os.sched_getaffinity(0)\n"
+        "module = ts.compile(torch.nn.Linear(64, 64).eval(), inputs=(torch.zeros(200, 64),), measure=False)\n"
+        "module(torch.zeros(200, 64))\n"
+        "assert os.sched_getaffinity(0) == before, (os.sched_getaffinity(0), before)\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "TVM_NUM_THREADS"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr

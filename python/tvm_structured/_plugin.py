@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import metadata
 
 from tvm_structured.errors import EnvironmentMismatchError
@@ -10,6 +11,9 @@ TVM_VERSION = "0.27.0.post1"
 FFI_VERSIONS = ("0.1.14.post0", "0.1.14.post1")
 INSTALL = f"pip install apache-tvm=={TVM_VERSION} apache-tvm-ffi=={FFI_VERSIONS[-1]}"
 _loaded = False
+
+# TVM would pin the calling thread to one core, and with it every thread pool (torch's, say) that starts afterwards
+os.environ.setdefault("TVM_BIND_THREADS", "0")
 
 
 def autoload() -> None:
