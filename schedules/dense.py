@@ -14,6 +14,7 @@ from tvm_structured.schedules.epilogue import RowWriter
 from tvm_structured.schedules.gemm import branch, chunked, multiply_block, pack_panels, register_block
 from tvm_structured.structures.base import Structure
 
+FLOPS_WORTH_A_THREAD = 400_000  # starting the other threads takes as long as so many operations on one
 ROWS_PER_UNIT = 128  # rows of x that one thread keeps in L2 while it reads a panel
 
 
@@ -25,7 +26,9 @@ class DenseKernel(Kernel):
     def configs(self, structure: Structure, site: Site) -> Iterator[Config]:
         mr, nr = register_block(site.cpu, site.rows, structure.shape[0])
         few = isinstance(site.rows, int) and site.rows <= 16
-        yield {"mr": mr, "nr": nr, "kc": structure.shape[1] if mr == 1 else 256 if few else 512, "prefetch": 128}
+        kc = structure.shape[1] if mr == 1 else 256 if few else 512
+        is_tiny = isinstance(site.rows, int) and structure.flops(site.rows) < FLOPS_WORTH_A_THREAD
+        yield {"mr": mr, "nr": nr, "kc": kc, "prefetch": 128, "threads": 1 if is_tiny else site.cpu.cores}
 
     def pack(self, structure: Structure, site: Site, config: Config) -> dict[str, np.ndarray]:
         return {"weight": pack_panels(structure.dense(), config["nr"] * site.cpu.lanes)}

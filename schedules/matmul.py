@@ -14,16 +14,14 @@ from tvm_structured.schedules.nest import (
     Loop,
     Nest,
     depth_of,
-    extent_of,
     needed_nest,
     product,
     same_extent,
     size_of,
 )
+from tvm_structured.schedules.operands import contiguous_operands, dimension_along
 from tvm_structured.schedules.predicates import bound_by_extents
 from tvm_structured.schedules.producers import open_schedule
-
-MAX_STRIDE = 4
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ def apply(func: Any, target: Any) -> Any | None:
         return None
     sch, nests = opened
     cpu = Cpu.of(target)
-    nests = deinterleave(sch, nests)
+    nests = contiguous_operands(sch, nests)
     position = next(index for index, nest in enumerate(nests) if nest.reduced)
     main, *after = nests[position:]
     roles = find_roles(main)
@@ -83,28 +81,6 @@ def find_roles(nest: Nest) -> Roles | None:
 def can_be_lanes(loop: Loop) -> bool:
     is_contiguous = loop.strides[0] == 1 and all(stride in (0, 1) for stride in loop.strides)
     return is_contiguous and loop.size >= 4 and not loop.branches
-
-
-def deinterleave(sch: Any, nests: list[Nest]) -> list[Nest]:
-    """Convolutions of stride s > 1 read every s-th pixel: store rows of the (padded) image as s rows of such pixels."""
-    position = next(index for index, nest in enumerate(nests) if nest.reduced)
-    main = nests[position]
-    along = next((loop for loop in main.spatial if loop.strides[0] == 1), None)
-    steps = {stride for stride in along.strides if stride not in (0, 1)} if along is not None else set()
-    step = steps.pop() if len(steps) == 1 else None
-    if along is None or not isinstance(step, int) or not 1 < step <= MAX_STRIDE or len(main.buffers) < 3:
-        return nests
-    source = along.strides.index(step)
-    writers = [nest.block for nest in nests[:position] if nest.buffers[0].same_as(main.buffers[source])]
-    writer = writers[0] if writers else sch.cache_read(main.block, source - main.num_stores, "global")
-    sch.transform_layout(
-        writer,
-        ("write", 0),
-        lambda *index: [*index[:-1], index[-1] % step, index[-1] // step],
-        assume_injective_transform=True,
-    )
-    blocks = [*([] if writers else [writer]), *(nest.block for nest in nests)]
-    return [needed_nest(sch, block) for block in blocks]
 
 
 # -- the block that stores ------------------------------------------------------------------------------
@@ -182,10 +158,13 @@ def schedule_product(main: Nest, roles: Roles, epilogue: Nest | None, cpu: Cpu) 
 
 
 def tile_buffer(main: Nest, roles: Roles, rows: int, columns: int) -> None:
-    """Store each tile of accumulators in one piece: TVM cannot bound a part of a symbolic extent."""
-    if isinstance(roles.reuse.extent, int) and isinstance(roles.lanes.extent, int):
+    """Store each tile of accumulators in one piece: TVM cannot bound part of a symbolic extent, and reserves it all."""
+    tiles = ((roles.reuse, rows), (roles.lanes, columns))
+    if all(isinstance(loop.extent, int) for loop, _ in tiles):
         return
-    sizes = {dimension_of(main.buffers[0], roles.reuse): rows, dimension_of(main.buffers[0], roles.lanes): columns}
+    sizes = {dimension_along(main.buffers[0], loop.strides[0], loop.extent): size for loop, size in tiles}
+    if None in sizes:
+        raise s_tir.ScheduleError(f"{main.buffers[0].name} has no dimension for a loop of the tile")
     main.sch.transform_layout(
         main.block,
         ("write", 0),
@@ -195,17 +174,6 @@ def tile_buffer(main: Nest, roles: Roles, rows: int, columns: int) -> None:
         ],
         assume_injective_transform=True,
     )
-
-
-def dimension_of(buffer: Any, loop: Loop) -> int:
-    """The dimension of a buffer along which a loop walks."""
-    stride: Any = 1
-    for dimension in reversed(range(len(buffer.shape))):
-        extent = extent_of(buffer.shape[dimension])
-        if same_extent(stride, loop.strides[0]) and same_extent(extent, loop.extent):
-            return dimension
-        stride = stride * extent
-    raise s_tir.ScheduleError(f"no dimension of {buffer.name} has stride {loop.strides[0]} and extent {loop.extent}")
 
 
 def same_loads(a: Loop, b: Loop) -> bool:

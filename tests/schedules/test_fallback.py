@@ -19,6 +19,7 @@ LARGE: dict[str, tuple[Build, list[Spec], Any]] = {
     "mean_of_images": (CASES["mean_of_images"][0], [((1, 2048, 7, 7), F32)], reduction.apply),
     "softmax_columns": (CASES["softmax_columns"][0], [((1, 19, 4096), F32)], fallback.apply),
     "matmul": (CASES["matmul"][0], [((128, 256), F32), ((256, 512), F32)], matmul.apply),
+    "product_of_rows": (CASES["product_of_rows"][0], [((12, 197, 64), F32), ((12, 197, 64), F32)], matmul.apply),
     "conv_grouped": (
         CASES["conv_grouped"][0],
         [((1, 32, 28, 28), F32), ((64, 16, 3, 3), F32), ((64,), F32)],

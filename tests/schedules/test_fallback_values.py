@@ -114,6 +114,7 @@ def symbolic(build: Build, specs: Sequence[Spec], sizes: Sequence[int]) -> None:
         ("attention", [("n", 3, 17, 20), ("n", 3, 33, 20), ("n", 3, 33, 20)]),
         ("attention", [(1, 3, "n", 20), (1, 3, "n", 20), (1, 3, "n", 20)]),
         ("matmul", [("n", 70), (70, 130)]),
+        ("product_of_rows", [(2, "n", 64), (2, "n", 64)]),
         ("concat", [("n", 19, 33), ("n", 5, 33)]),
         ("gelu", [("n", 100)]),
         ("split_heads", [(2, 33, 60)]),
