@@ -21,7 +21,7 @@ from tvm_structured.targets import host_cpu
 SYMBOLIC_BATCH = 8  # a batch that is known at run time only is measured at this size
 PEAK_FLOPS = 100e9  # a core of a server CPU with AVX-512, for predictions: only ratios matter
 BANDWIDTH = 25e9  # bytes a second
-# share of PEAK_FLOPS that the kernels reach, from the tables in docs/benchmarks.md
+# share of PEAK_FLOPS that the kernels reach, roughly; see docs/benchmarks.md for how they are measured
 EFFICIENCY = {"dense": 0.8, "winograd": 0.6, "block_circulant": 0.45, "permuted_diagonal": 0.3, "tensor_train": 0.5}
 
 
