@@ -32,7 +32,8 @@ def compile(
     model: torch.nn.Module, torch.export.ExportedProgram, ONNX path or ModelProto, or a Relax IRModule.
     inputs: example arrays, a tuple (needed for a torch.nn.Module). target: what TVM takes, or "host".
     budget: `Budget` or a fraction of the parameters; without one the result equals the dense model.
-    plan: `Plan` or the path of a saved one, instead of a budget. database: a tuning database or its directory.
+    plan: `Plan` or the path of a saved one, instead of a budget. database: a MetaSchedule database object, whose
+    records are used for the functions that have no structured kernel.
     measure: time candidates on this machine once (kept in the cost store, see `cache_directory`) and use only
     what beats the dense layer; False, and targets that do not run here, predict instead.
 
