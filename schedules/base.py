@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -54,7 +54,8 @@ class Site:
     """Where a kernel is called.
 
     Dense: x is (rows, in), y is (rows, out); `rows` may be symbolic.
-    Convolution: x is (batch, in, h, w), y is (batch, out, oh, ow); only the batch may be symbolic.
+    Convolution: x is (batch, in, h, w), y is (batch, out, oh, ow); only the batch may be symbolic. Either may be stored
+    in blocks of `cpu.lanes` channels, see `blocked_shape`.
     """
 
     x_shape: tuple[Extent, ...]
@@ -62,10 +63,31 @@ class Site:
     cpu: Cpu
     epilogue: Epilogue = field(default_factory=Epilogue)
     conv: ConvGeometry | None = None
+    blocked_x: bool = False
+    blocked_y: bool = False
 
     @property
     def rows(self) -> Extent:
         return self.x_shape[0]
+
+    @property
+    def stored_x(self) -> tuple[Extent, ...]:
+        """The shape of x in memory."""
+        return blocked_shape(self.x_shape, self.cpu.lanes) if self.blocked_x else self.x_shape
+
+    @property
+    def stored_y(self) -> tuple[Extent, ...]:
+        """The shape of y, and of the residual, in memory."""
+        return blocked_shape(self.y_shape, self.cpu.lanes) if self.blocked_y else self.y_shape
+
+
+def blocked_shape(shape: Sequence[Extent], lanes: int) -> tuple[Extent, ...]:
+    """(batch, channels, h, w) -> (batch, ceil(channels / lanes), h, w, lanes), known as NCHW16c for 16 lanes.
+
+    Lanes behind the last channel hold finite numbers without meaning.
+    """
+    batch, channels, height, width = shape
+    return (batch, -(-channels // lanes), height, width, lanes)
 
 
 class Kernel(ABC):

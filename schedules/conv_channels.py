@@ -11,11 +11,13 @@ from typing import Any
 from tvm import tirx
 
 from tvm_structured.schedules.base import Config
+from tvm_structured.schedules.channel_blocks import BlockWriter
 from tvm_structured.schedules.conv_units import Term, Units, each_tap_first
 from tvm_structured.schedules.cpu import Cpu
-from tvm_structured.schedules.emit import Emitter, local, parallel, scratch, serial
+from tvm_structured.schedules.emit import Emitter, local, parallel, scratch, serial, when
 from tvm_structured.schedules.images import ImageShape, ImageWriter, PaddedCopy, transpose
 
+Writer = ImageWriter | BlockWriter
 AHEAD = 32  # terms; the weights of small images come from level 3 or memory
 
 
@@ -41,7 +43,7 @@ def padded_copy(shape: ImageShape, rows: int) -> PaddedCopy:
     return PaddedCopy(shape, (rows - 1) * shape.stride[0] + reach[0], pitch, ((0, 0),), (1, 1))
 
 
-def emit(e: Emitter, shape: ImageShape, config: Config, x: Any, weight: Any, writer: ImageWriter) -> None:
+def emit(e: Emitter, shape: ImageShape, config: Config, x: Any, weight: Any, writer: Writer) -> None:
     """The whole convolution; x is (batch, channels, pixels)."""
     nr, lanes = config["nr"], e.lanes
     units = Units(shape, config["rows"], config["parts"], nr * lanes)
@@ -83,6 +85,21 @@ def emit(e: Emitter, shape: ImageShape, config: Config, x: Any, weight: Any, wri
                 finish([registers[q][0] for registers in acc], index * nr + q, row, column)
 
         def finish(values: list[Any], vector: Any, row: Any, column: Any) -> None:
+            if isinstance(writer, BlockWriter):
+                finish_blocks(values, vector, row, column)
+            else:
+                finish_image(values, vector, row, column)
+
+        def finish_blocks(values: list[Any], vector: Any, row: Any, column: Any) -> None:
+            with when(vector * lanes < shape.outs):
+                block = group * (shape.outs // lanes) + vector
+                features = writer.features(block)
+                at = (first_row + row) * shape.output[1] + column
+                for i, value in enumerate(values):
+                    pixel = at + (i // columns * shape.output[1] + i % columns)
+                    writer.store(value, image, block, pixel, features)
+
+        def finish_image(values: list[Any], vector: Any, row: Any, column: Any) -> None:
             """Pixels x channels -> channels x pixels, then through the epilogue."""
             square = local((lanes * lanes,))
             for c, pixels in enumerate(transpose(e, values)):

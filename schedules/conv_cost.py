@@ -6,16 +6,18 @@ AVX-512 machines; tuning replaces the ranking by measurements.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
-from tvm_structured.schedules import conv_channels, conv_pixels
+from tvm_structured.schedules import conv_blocks, conv_channels, conv_pixels
 from tvm_structured.schedules.base import Config
+from tvm_structured.schedules.channel_blocks import BlockCopy
 from tvm_structured.schedules.conv_units import Units
 from tvm_structured.schedules.cpu import Cpu
 from tvm_structured.schedules.images import ImageShape, PaddedCopy
 
 LATENCY = 4  # of a multiply-add: a block needs twice as many sums to keep both pipes busy
+LOADS = 1.15  # they come less evenly than multiply-adds
 LEVEL1 = 32 * 1024  # bytes that stay in level 1
 LEVEL2 = 768 * 1024
 FAR_LOAD = 4.0, 5.0  # cycles for a vector from level 2, and from beyond
@@ -25,20 +27,24 @@ UNIT_START = 500  # cycles to start a piece of work
 KEPT = 48  # configurations that are offered for tuning
 
 
-def ranked_configs(shape: ImageShape, cpu: Cpu) -> Iterator[Config]:
-    """Configurations of both forms, the cheapest first."""
-    yield from islice(sorted(all_configs(shape, cpu), key=lambda config: cost(shape, cpu, config)), KEPT)
+def ranked_configs(shape: ImageShape, cpu: Cpu, forms: Sequence[str]) -> Iterator[Config]:
+    """Configurations of these forms, the cheapest first."""
+    yield from islice(sorted(all_configs(shape, cpu, forms), key=lambda config: cost(shape, cpu, config)), KEPT)
 
 
-def all_configs(shape: ImageShape, cpu: Cpu) -> Iterator[Config]:
-    phases = len(conv_pixels.padded_copy(shape, 1).phases)
+def all_configs(shape: ImageShape, cpu: Cpu, forms: Sequence[str]) -> Iterator[Config]:
+    blocks = {
+        "pixels": conv_pixels.register_blocks(cpu),
+        "channels": conv_channels.register_blocks(cpu),
+        "blocks": conv_blocks.register_blocks(cpu),
+    }
+    if len(conv_pixels.padded_copy(shape, 1).phases) > conv_pixels.PHASE_LIMIT:
+        del blocks["pixels"]
     for rows in strip_heights(shape):
         for parts in sorted({1, 2, cpu.cores}):
-            if phases <= conv_pixels.PHASE_LIMIT:
-                for mr, nr in conv_pixels.register_blocks(cpu):
-                    yield {"form": "pixels", "mr": mr, "nr": nr, "rows": rows, "parts": parts}
-            for mr, nr in conv_channels.register_blocks(cpu):
-                yield {"form": "channels", "mr": mr, "nr": nr, "rows": rows, "parts": parts}
+            for form in blocks.keys() & set(forms):
+                for mr, nr in blocks[form]:
+                    yield {"form": form, "mr": mr, "nr": nr, "rows": rows, "parts": parts}
 
 
 def strip_heights(shape: ImageShape) -> list[int]:
@@ -52,9 +58,10 @@ def strip_heights(shape: ImageShape) -> list[int]:
 
 def cost(shape: ImageShape, cpu: Cpu, config: Config) -> float:
     """Cycles of the busiest core for one image."""
-    pixels = config["form"] == "pixels"
+    if config["form"] == "blocks":
+        return blocks_cost(shape, cpu, config)
     rows, lanes = config["rows"], cpu.lanes
-    if pixels:
+    if config["form"] == "pixels":
         copy = conv_pixels.padded_copy(shape, rows)
         direct = conv_pixels.is_direct(shape, config, lanes)
         block = config["mr"]
@@ -81,16 +88,41 @@ def cost(shape: ImageShape, cpu: Cpu, config: Config) -> float:
     if not direct:
         work += copy_cost(shape, copy, lanes)
     work += traffic(shape, copy, -(-blocks // config["parts"]), blocks, config)
-    total = shape.groups * units.strips * config["parts"]
-    # over many images the pieces even out
-    turns = -(-total // cpu.cores) if isinstance(shape.batch, int) and shape.batch == 1 else max(1.0, total / cpu.cores)
-    return turns * work
+    return turns(shape, cpu, units) * work
+
+
+def turns(shape: ImageShape, cpu: Cpu, units: Units) -> float:
+    """Pieces of one image that the busiest core works on; over many images they even out."""
+    total = shape.groups * units.strips * units.parts
+    return -(-total // cpu.cores) if isinstance(shape.batch, int) and shape.batch == 1 else max(1.0, total / cpu.cores)
+
+
+def blocks_cost(shape: ImageShape, cpu: Cpu, config: Config) -> float:
+    """Cycles of the busiest core for one image in blocks of channels."""
+    rows, nr, lanes = config["rows"], config["nr"], cpu.lanes
+    units = Units(shape, rows, config["parts"], nr * lanes)
+    height, width = conv_channels.pixel_block(shape, config["mr"])
+    height = min(height, rows)
+    tiles = -(-rows // height) * -(-shape.output[1] // width)
+    _, count, depth, _ = conv_blocks.packed_shape(shape, lanes, nr)
+    panel, copy = 4 * depth * nr * lanes, BlockCopy.of(shape, lanes, rows)
+    image = 4 * conv_blocks.in_blocks(shape, lanes) * copy.block_size
+    step = term(cpu, height * width, nr, 1, load_cost(panel))
+    per_block = tiles * (depth * step + 3 * nr * height * width)
+    part = -(-count // config["parts"])
+    work = part * per_block + UNIT_START
+    if any(shape.padding):
+        work += image / (4 * lanes) * 3
+    work += part * panel / (64 if count * panel * shape.groups < CACHE else FAR_WEIGHTS["channels"])
+    if image > CACHE:
+        work += part * image / 12
+    return turns(shape, cpu, units) * work
 
 
 def term(cpu: Cpu, scalars: int, vectors: int, loads_per_vector: int, fetch: float) -> float:
     """Cycles of one term of the sum for a register block; `fetch` is the cost of a vector from level 2."""
     multiply = scalars * vectors / 2
-    loads = (scalars + loads_per_vector * vectors) / 2
+    loads = (scalars + loads_per_vector * vectors) / 2 * LOADS
     return max(multiply, loads, fetch * vectors, LATENCY)
 
 

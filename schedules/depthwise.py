@@ -6,7 +6,7 @@ the block that it takes part in.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,12 @@ from tvm_structured.schedules.images import ImageShape, ImageWriter, PaddedCopy,
 
 MOST_CHANNELS = 16  # to a piece of work
 UNROLLED = 256  # products; larger kernels loop over their rows
+
+
+def configs() -> Iterator[Config]:
+    """Output rows that share the loads of the image."""
+    for rows in (4, 2, 8, 1):
+        yield {"form": "depthwise", "rows": rows}
 
 
 def pack(matrix: np.ndarray, shape: ImageShape) -> np.ndarray:

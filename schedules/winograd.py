@@ -7,6 +7,7 @@ the transformed weight, (points / r)^2 times the weight, is read once; for small
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +16,11 @@ import numpy as np
 from tvm import tirx
 
 from tvm_structured.schedules.base import Config, Extent, Kernel, Site
+from tvm_structured.schedules.channel_blocks import BlockWriter, block_view
 from tvm_structured.schedules.emit import Emitter, arg, ceildiv, parallel, prim_func, scratch, serial
 from tvm_structured.schedules.gemm import multiply_block
 from tvm_structured.schedules.images import ImageShape, ImageWriter, view
+from tvm_structured.schedules.winograd_blocks import gather_blocks, scatter_blocks
 from tvm_structured.schedules.winograd_cost import ranked_configs
 from tvm_structured.schedules.winograd_tiles import TileGrid, gather_tiles, scatter_tiles
 from tvm_structured.structures.base import Structure
@@ -51,14 +54,35 @@ class WinogradKernel(Kernel):
         grid = TileGrid(shape, structure.tile, config["rows"], config["columns"])
         width = config["nr"] * e.lanes
         with prim_func(self.name) as made:
-            x = arg("x", site.x_shape)
+            x = arg("x", site.stored_x)
             order = (-(-shape.outs // width), grid.points**2)
             weight = arg("weight", (*(order if config["order"] == "fused" else order[::-1]), shape.channels, width))
-            writer = ImageWriter(e, site.epilogue, site.y_shape)
-            flat = view(x, (shape.batch, shape.channels, shape.image[0] * shape.image[1]))
+            writer = (BlockWriter if site.blocked_y else ImageWriter)(e, site.epilogue, site.y_shape)
+            source = block_view(x) if site.blocked_x else view(x, (*site.x_shape[:2], math.prod(shape.image)))
             emit = fused if config["order"] == "fused" else staged
-            emit(e, grid, config, flat, weight, writer)
+            emit(e, grid, config, Images(e, grid, source, site.blocked_x, writer), weight)
         return made.func
+
+
+@dataclass(frozen=True)
+class Images:
+    """x and y of a convolution, either of them NCHW or in blocks of channels, as tiles of the transformed domain."""
+
+    e: Emitter
+    grid: TileGrid
+    x: Any
+    has_blocks: bool
+    writer: ImageWriter | BlockWriter
+
+    def gather(self, place: Any, channel: Any, count: int, store: Callable[[Any, Any, Any, Any], None]) -> None:
+        gather = gather_blocks if self.has_blocks else gather_tiles
+        gather(self.e, self.grid, self.x, place, channel, count, store)
+
+    def scatter(self, place: Any, channel: Any, count: Extent, load: Callable[[Any, Any, Any], Any]) -> None:
+        if isinstance(self.writer, BlockWriter):
+            scatter_blocks(self.e, self.grid, self.writer, place, channel, count, load)
+        else:
+            scatter_tiles(self.e, self.grid, self.writer, place, channel, count, load)
 
 
 def each_channel_block(e: Emitter, channels: int, body: Callable[[Any, int], None]) -> None:
@@ -105,7 +129,7 @@ def gemm(
         block(tirx.min(i * mr, rows - mr))
 
 
-def fused(e: Emitter, grid: TileGrid, config: Config, x: Any, weight: Any, writer: ImageWriter) -> None:
+def fused(e: Emitter, grid: TileGrid, config: Config, images: Images, weight: Any) -> None:
     """Each thread: transform a rectangle, then for each block of output channels all its GEMMs and their outputs."""
     shape, lanes, nr = grid.shape, e.lanes, config["nr"]
     depth, width = padded_channels(e, shape.channels), nr * lanes
@@ -118,10 +142,7 @@ def fused(e: Emitter, grid: TileGrid, config: Config, x: Any, weight: Any, write
         each_channel_block(
             e,
             shape.channels,
-            lambda channel, count: gather_tiles(
-                e,
-                grid,
-                x,
+            lambda channel, count: images.gather(
                 place,
                 channel,
                 count,
@@ -143,10 +164,7 @@ def fused(e: Emitter, grid: TileGrid, config: Config, x: Any, weight: Any, write
                 )
             with serial(0, nr) as q:
                 first = block * width + q * lanes
-                scatter_tiles(
-                    e,
-                    grid,
-                    writer,
+                images.scatter(
                     place,
                     first,
                     tirx.max(tirx.min(lanes, shape.outs - first), 0),
@@ -154,7 +172,7 @@ def fused(e: Emitter, grid: TileGrid, config: Config, x: Any, weight: Any, write
                 )
 
 
-def staged(e: Emitter, grid: TileGrid, config: Config, x: Any, weight: Any, writer: ImageWriter) -> None:
+def staged(e: Emitter, grid: TileGrid, config: Config, images: Images, weight: Any) -> None:
     """Three parallel regions over a group of images: transforms, GEMMs, inverse transforms."""
     batch, group = grid.shape.batch, config["images"]
     width = config["nr"] * e.lanes
@@ -163,10 +181,10 @@ def staged(e: Emitter, grid: TileGrid, config: Config, x: Any, weight: Any, writ
     data, sums = (scratch((grid.points**2 * stride,)) for stride in (data_stride, sum_stride))
     stages = Stages(e, grid, config, (data, data_stride), (sums, sum_stride))
 
-    def run(first: Any, images: Extent) -> None:
-        stages.transform(x, first, images)
-        stages.multiply(weight, images)
-        stages.finish(writer, first, images)
+    def run(first: Any, count: Extent) -> None:
+        stages.transform(images, first, count)
+        stages.multiply(weight, count)
+        stages.finish(images, first, count)
 
     if isinstance(batch, int) and batch <= group:
         run(0, batch)
@@ -210,15 +228,12 @@ class Stages:
         row, column = self.grid.origin(unit % self.grid.rectangles)
         return unit // self.grid.rectangles * self.grid.tiles + (row + r) * self.grid.size[1] + (column + c)
 
-    def transform(self, x: Any, first_image: Any, images: Extent) -> None:
+    def transform(self, source: Images, first_image: Any, images: Extent) -> None:
         e, (data, stride) = self.e, self.data
         full, rest = divmod(self.grid.shape.channels, e.lanes)
 
         def gather(unit: Any, channel: Any, count: int) -> None:
-            gather_tiles(
-                e,
-                self.grid,
-                x,
+            source.gather(
                 self.place(unit, first_image),
                 channel,
                 count,
@@ -251,15 +266,12 @@ class Stages:
                 ),
             )
 
-    def finish(self, writer: ImageWriter, first_image: Any, images: Extent) -> None:
+    def finish(self, target: Images, first_image: Any, images: Extent) -> None:
         e, (sums, stride), outs = self.e, self.sums, self.grid.shape.outs
         vectors = -(-outs // e.lanes)
         with parallel(0, images * self.grid.rectangles * vectors) as unit:
             piece, channel = unit // vectors, unit % vectors * e.lanes
-            scatter_tiles(
-                e,
-                self.grid,
-                writer,
+            target.scatter(
                 self.place(piece, first_image),
                 channel,
                 e.lanes if outs % e.lanes == 0 else tirx.min(e.lanes, outs - channel),

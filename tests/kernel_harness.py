@@ -66,19 +66,40 @@ class BuiltKernel:
     packed: dict[str, np.ndarray]
     library: Any
     func: Any
+    x_lanes: int = 0  # channels to a block of x, 0 for NCHW
+    y_lanes: int = 0
 
     def run(self, x: np.ndarray, operands: dict[str, np.ndarray], y_shape: Sequence[int], allocate: Any) -> np.ndarray:
         """y for an input. It was full of NaN, so whatever the kernel forgets shows."""
+        operands = {**operands, "residual": to_blocks(operands["residual"], self.y_lanes)}
         named = [operands[name] for name in self.epilogue.operands]
-        inputs = [filled(np.asarray(v), allocate) for v in (x, *self.packed.values(), *named)]
+        inputs = [filled(np.asarray(v), allocate) for v in (to_blocks(x, self.x_lanes), *self.packed.values(), *named)]
         kept = [v.copy() for v in inputs]
-        y = allocate(tuple(y_shape), "float32")
+        y = allocate(operands["residual"].shape, "float32")
         self.library["main"](*(tvm.runtime.from_dlpack(v) for v in (*inputs, y)))
         for before, after in zip(kept, inputs, strict=True):
             assert np.array_equal(before, after), "the kernel wrote to one of its inputs"
         for buffer in (*inputs, y):
             assert (slack_of(buffer) == 0xFF).all(), "the kernel wrote behind the end of a buffer"
-        return y.copy()
+        assert np.isfinite(y).all(), "elements were not written"
+        return from_blocks(y, y_shape) if self.y_lanes else y.copy()
+
+
+def to_blocks(image: np.ndarray, lanes: int) -> np.ndarray:
+    """NCHW -> (batch, blocks, h, w, lanes); a large finite number where there is no channel."""
+    if not lanes:
+        return image
+    batch, channels, height, width = image.shape
+    missing = -channels % lanes
+    padded = np.pad(image, ((0, 0), (0, missing), (0, 0), (0, 0)), constant_values=1e6)
+    split = padded.reshape(batch, (channels + missing) // lanes, lanes, height, width)
+    return np.ascontiguousarray(split.transpose(0, 1, 3, 4, 2))
+
+
+def from_blocks(blocks: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """The inverse of `to_blocks`."""
+    batch, count, height, width, lanes = blocks.shape
+    return blocks.transpose(0, 1, 4, 2, 3).reshape(batch, count * lanes, height, width)[:, : shape[1]].copy()
 
 
 def build_kernel(
@@ -91,23 +112,26 @@ def build_kernel(
     config: int = 0,
     conv: ConvGeometry | None = None,
     image: tuple[int, int] = (0, 0),
+    blocked: tuple[bool, bool] = (False, False),
 ) -> BuiltKernel | None:
     """Compile the kernel of a structure. `rows` None leaves rows (or batch) symbolic; `config` is the number of
-    the configuration: None is returned past the last one. `image` is the input's (height, width)."""
+    the configuration: None is returned past the last one. `image` is the input's (height, width), `blocked` tells whether
+    x and y are in blocks of channels."""
     kernel = KERNELS[name or structure.name]
     target, epilogue = target_for(machine), epilogue or Epilogue()
     extent = tirx.Var("rows", "int64") if rows is None else rows
     channels = structure.shape[1] if conv is None else structure.shape[1] // math.prod(conv.kernel) * conv.groups
     x_shape = (extent, channels, *image) if conv else (extent, channels)
     y_shape = (extent, structure.shape[0], *output_image(conv, image)) if conv else (extent, structure.shape[0])
-    site = Site(x_shape, y_shape, Cpu.of(target), epilogue, conv)
+    cpu = Cpu.of(target)
+    site = Site(x_shape, y_shape, cpu, epilogue, conv, *blocked)
     choice = next((c for i, c in enumerate(kernel.configs(structure, site)) if i == config), None)
     if choice is None:
         return None
     packed = {key: np.asarray(value) for key, value in kernel.pack(structure, site, choice).items()}
     func = kernel.prim_func(structure, site, choice)
     library = tvm.compile(func.with_attr("global_symbol", "main"), target)
-    return BuiltKernel(structure, epilogue, conv, packed, library, func)
+    return BuiltKernel(structure, epilogue, conv, packed, library, func, *(cpu.lanes * b for b in blocked))
 
 
 @dataclass(frozen=True)
