@@ -14,6 +14,7 @@ from tvm.target import Target
 
 from tvm_structured.errors import KernelNotFoundError
 from tvm_structured.schedules import KERNELS, Cpu, Epilogue, Site
+from tvm_structured.schedules.block_patches import block_patches_func, rows_to_blocks_func
 from tvm_structured.schedules.images import ImageShape
 from tvm_structured.schedules.patches import patches_func, rows_to_image_func
 
@@ -25,12 +26,11 @@ def legalize(builder: Any, call: Any) -> Any:
     unpacked = LayerCall.of(call)
     assert unpacked is not None
     cpu = current_cpu()
-    if unpacked.conv is not None and unpacked.op not in CONV_KERNELS:
-        return lower_on_patches(builder, unpacked, static_shape(unpacked.x), static_shape(call), cpu)
-    x_shape, y_shape = static_shape(unpacked.x), static_shape(call)
-    if unpacked.conv is not None:
-        return emit_kernel(builder, unpacked, unpacked.x, unpacked.operands, x_shape, y_shape, cpu)
-    return lower_dense(builder, unpacked, x_shape, y_shape, cpu)
+    if unpacked.conv is None:
+        return lower_dense(builder, unpacked, static_shape(unpacked.x), static_shape(call), cpu)
+    if unpacked.op in CONV_KERNELS:
+        return emit_kernel(builder, unpacked, unpacked.x, unpacked.operands, *unpacked.images(), cpu)
+    return lower_on_patches(builder, unpacked, static_shape(call), cpu)
 
 
 CONV_KERNELS = ("conv2d", "winograd")  # they take images; all others take rows
@@ -76,11 +76,13 @@ def emit_kernel(builder: Any, call: Any, x: Any, operands: Any, x_shape: Any, y_
         raise KernelNotFoundError(f"{call.layer}: no kernel is registered for {call.op!r}; add it to schedules.KERNELS")
     structure = call.to_structure()
     leading = bindable(x_shape[0])
-    site = Site((leading, *x_shape[1:]), (leading, *y_shape[1:]), cpu, call.epilogue, call.conv)
+    blocked = call.has_blocks, bool(call.out_block)
+    site = Site((leading, *x_shape[1:]), (leading, *y_shape[1:]), cpu, call.epilogue, call.conv, *blocked)
     config = next(kernel.configs(structure, site))
     packed = [relax.const(array) for array in kernel.pack(structure, site, config).values()]
     func = builder.add_func(kernel.prim_func(structure, site, config), kernel.name)
-    return relax.call_tir(func, [x, *packed, *operands], relax.TensorType(y_shape, "float32"))
+    stored = (y_shape[0], *site.stored_y[1:])
+    return relax.call_tir(func, [x, *packed, *operands], relax.TensorType(stored, "float32"))
 
 
 def bindable(extent: Any) -> Any:
@@ -88,20 +90,22 @@ def bindable(extent: Any) -> Any:
     return extent if isinstance(extent, (int, tirx.Var)) else tirx.Var("rows", "int64")
 
 
-def lower_on_patches(builder: Any, call: Any, x_shape: Any, y_shape: Any, cpu: Cpu) -> Any:
+def lower_on_patches(builder: Any, call: Any, stored_y: Any, cpu: Cpu) -> Any:
     """Convolution by a matrix structure: patches (batch * oh * ow, kh * kw * in) times the matrix.
 
     image -> rows -> the structure's kernel -> image; the epilogue belongs to the last step, which touches every
     output anyway, so that a residual needs no conversion.
     """
+    x_shape, y_shape = call.images()
     batch = bindable(x_shape[0])
     shape = ImageShape.of(Site((batch, *x_shape[1:]), (batch, *y_shape[1:]), cpu, call.epilogue, call.conv))
     if shape.groups != 1:
         raise KernelNotFoundError(f"{call.layer}: {call.op} has no kernel for {shape.groups} groups; leave it dense")
     rows = x_shape[0] * (shape.output[0] * shape.output[1])
-    to_rows = builder.add_func(patches_func(shape, cpu), "patches")
+    to_rows = builder.add_func((block_patches_func if call.has_blocks else patches_func)(shape, cpu), "patches")
     patches = builder.emit(relax.call_tir(to_rows, [call.x], relax.TensorType((rows, shape.depth), "float32")))
-    plain = replace(call, conv=None, epilogue=Epilogue(), operands=())
+    plain = replace(call, conv=None, epilogue=Epilogue(), operands=(), out_block=0)
     y_rows = builder.emit(emit_kernel(builder, plain, patches, (), (rows, shape.depth), (rows, shape.outs), cpu))
-    to_image = builder.add_func(rows_to_image_func((batch, *y_shape[1:]), call.epilogue, cpu), "rows_to_image")
-    return relax.call_tir(to_image, [y_rows, *call.operands], relax.TensorType(y_shape, "float32"))
+    from_rows = rows_to_blocks_func if call.out_block else rows_to_image_func
+    to_image = builder.add_func(from_rows((batch, *y_shape[1:]), call.epilogue, cpu), "rows_to_image")
+    return relax.call_tir(to_image, [y_rows, *call.operands], relax.TensorType(stored_y, "float32"))

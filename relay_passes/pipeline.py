@@ -10,17 +10,25 @@ from tvm import relax
 from tvm.ir.transform import Sequential
 
 from tvm_structured.relay_passes.apply_schedules import ApplySchedules
+from tvm_structured.relay_passes.block_layouts import BlockLayouts
 from tvm_structured.relay_passes.canonicalize_layers import CanonicalizeLayers
 from tvm_structured.relay_passes.fuse_epilogue import FuseEpilogue
 from tvm_structured.relay_passes.rewrite_layers import RewriteLayers
+from tvm_structured.schedules.cpu import Cpu
 
 
-def canonical_pipeline(params: Mapping[str, np.ndarray], names: Mapping[str, str]) -> Sequential:
-    """An imported module --> one whose layers are `structured.dense` and `structured.conv2d` calls."""
+def canonical_pipeline(params: Mapping[str, np.ndarray], names: Mapping[str, str], target: Any = None) -> Sequential:
+    """An imported module --> one whose layers are `structured.dense` and `structured.conv2d` calls.
+
+    For a CPU target images are in blocks of channels between convolutions.
+    """
+    layouts = [BlockLayouts(Cpu.of(target))] if target is not None and "cpu" in target.keys else []
     return Sequential(
         [
             CanonicalizeLayers(params, names),
+            relax.transform.CanonicalizeBindings(),  # looks through tuples, such as that of max pooling and its indices
             FuseEpilogue(),
+            *layouts,
         ]
     )
 

@@ -69,8 +69,8 @@ def plan(
     from tvm_structured.frontend import import_model
     from tvm_structured.targets import resolve_target
 
-    mod = canonicalize(import_model(model, examples(model, shapes)))
     resolved = resolve_target(read_target(target))
+    mod = canonicalize(import_model(model, examples(model, shapes)), resolved)
     chosen = settle_plan(mod, resolved, limits(budget, max_flops, max_error), measure=measure)
     click.echo(str(chosen))
     if output is not None:

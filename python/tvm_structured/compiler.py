@@ -41,16 +41,16 @@ def compile(
     """
     target = resolve_target(target)
     imported = import_model(model, inputs)
-    mod = canonicalize(imported)
+    mod = canonicalize(imported, target)
     plan = settle_plan(mod, target, budget, plan, measure)
     return build(mod, imported, plan, target, database)
 
 
-def canonicalize(imported: Imported) -> Any:
-    """The imported module in the canonical spelling, weights as constants."""
+def canonicalize(imported: Imported, target: Any = None) -> Any:
+    """The imported module in the canonical spelling, weights as constants; images laid out for the target."""
     from tvm_structured.relay_passes.pipeline import canonical_pipeline
 
-    return canonical_pipeline(imported.params, imported.names)(imported.mod)
+    return canonical_pipeline(imported.params, imported.names, target)(imported.mod)
 
 
 def settle_plan(mod: Any, target: Any, budget: Any = None, plan: Any = None, measure: bool = True) -> Plan:

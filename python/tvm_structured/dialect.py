@@ -22,6 +22,7 @@ from tvm_ffi.dataclasses import py_class
 from tvm_structured import errors
 from tvm_structured.errors import ModelError
 from tvm_structured.schedules import KERNELS, ConvGeometry, Epilogue
+from tvm_structured.schedules.base import blocked_shape
 from tvm_structured.structures import STRUCTURES, Conv2d, Dense, Layer, Structure, Unstructured
 
 PREFIX = "relax.structured."
@@ -42,6 +43,7 @@ class LayerAttrs(ir.Attrs):
     padding: tvm_ffi.Array[int]
     dilation: tvm_ffi.Array[int]
     groups: int
+    out_block: int  # channels to a block of a convolution's output, 0 for NCHW
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class LayerCall:
     epilogue: Epilogue = field(default_factory=Epilogue)
     operands: tuple[Any, ...] = ()
     conv: ConvGeometry | None = None
+    out_block: int = 0  # channels to a block of a convolution's output and residual, 0 for NCHW
 
     @classmethod
     def of(cls, call: Any) -> LayerCall | None:
@@ -83,6 +86,7 @@ class LayerCall:
             Epilogue(*(n in names for n in ("scale", "bias", "residual")), attrs.activation, attrs.low, attrs.high),
             tuple(args[split:]),
             conv,
+            int(attrs.out_block),
         )
 
     def to_relax(self) -> Any:
@@ -100,6 +104,7 @@ class LayerCall:
             padding=list(conv.padding),
             dilation=list(conv.dilation),
             groups=conv.groups,
+            out_block=self.out_block,
         )
         return relax.Call(ir.Op.get(PREFIX + self.op), [self.x, *self.factors, *self.operands], attrs=attrs)
 
@@ -112,11 +117,23 @@ class LayerCall:
         """How many vectors the layer's matrix is applied to in one run; a symbolic batch counts as one."""
         shape = static_shape(self.x) or ()
         if self.conv is not None:
-            height, width = output_hw(self.conv, shape[2:])
-            extents = (shape[0], height, width)
+            extents = (shape[0], *output_hw(self.conv, shape[2:4]))
         else:
             extents = shape[:-1]
         return int(np.prod([extent if isinstance(extent, int) else 1 for extent in extents], dtype=np.int64))
+
+    def images(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """Shapes of a convolution's input and output as (batch, channels, h, w), however they are stored."""
+        conv, shape = self.conv, static_shape(self.x)
+        assert conv is not None and shape is not None
+        out, inner = matrix_shape(self)
+        channels = inner // (conv.kernel[0] * conv.kernel[1]) * conv.groups
+        return (shape[0], channels, *shape[2:4]), (shape[0], out, *output_hw(conv, shape[2:4]))
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether a convolution's input is in blocks of channels, (batch, blocks, h, w, lanes)."""
+        return self.conv is not None and self.x.ty.ndim == 5
 
     def dense_params(self) -> int:
         """Parameters of the dense form."""
@@ -139,7 +156,7 @@ class LayerCall:
         if self.conv is None:
             return Dense(self.layer, weight)
         shape = static_shape(self.x)
-        hw = shape[2:] if shape and all(isinstance(v, int) for v in shape[2:]) else None
+        hw = shape[2:4] if shape and all(isinstance(v, int) for v in shape[2:4]) else None
         c = self.conv
         return Conv2d(self.layer, weight, c.stride, c.padding, c.dilation, c.groups, hw)
 
@@ -169,7 +186,7 @@ def static_shape(expr: Any) -> tuple[Any, ...] | None:
 
 
 def infer_type(call: Any, ctx: Any) -> Any:
-    """Output type. Dense: (..., in) -> (..., out); convolution: (n, in, h, w) -> (n, out, oh, ow)."""
+    """Output type. Dense: (..., in) -> (..., out); convolution: (n, in, h, w) -> (n, out, oh, ow), or their blocks."""
     unpacked = LayerCall.of(call)
     assert unpacked is not None
     shape = static_shape(unpacked.x)
@@ -181,10 +198,13 @@ def infer_type(call: Any, ctx: Any) -> Any:
             raise ModelError(f"{unpacked.layer}: the input has {shape[-1]} features, the weight takes {inner}")
         return relax.TensorType([*shape[:-1], out], unpacked.x.ty.dtype)
     c = unpacked.conv
-    if isinstance(shape[1], int) and shape[1] * c.kernel[0] * c.kernel[1] != inner * c.groups:
+    channels = inner // (c.kernel[0] * c.kernel[1]) * c.groups
+    expected = -(-channels // shape[4]) if len(shape) == 5 else channels
+    if isinstance(shape[1], int) and shape[1] != expected:
         raise ModelError(f"{unpacked.layer}: the input has {shape[1]} channels, the weight does not fit them")
-    h, w = output_hw(c, shape[2:])
-    return relax.TensorType([shape[0], out, h, w], unpacked.x.ty.dtype)
+    h, w = output_hw(c, shape[2:4])
+    y = (shape[0], out, h, w)
+    return relax.TensorType(blocked_shape(y, unpacked.out_block) if unpacked.out_block else y, unpacked.x.ty.dtype)
 
 
 def output_hw(conv: ConvGeometry, hw: Sequence[Any]) -> tuple[Any, Any]:

@@ -53,7 +53,7 @@ def build(
     target = settle_target(target, target_host)
     options = settings.current()
     imported = bind(ir_mod, params or {})
-    mod = compiler.canonicalize(imported)
+    mod = compiler.canonicalize(imported, target)
     wish = Wish.of(options)
     with PassContext():  # kernels built to be measured are no part of the pipeline that the user's context is about
         plan = compiler.settle_plan(mod, target, wish.budget, wish.plan_for(mod), options.measure)
