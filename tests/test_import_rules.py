@@ -20,7 +20,8 @@ ALLOWED = {
     "guard": {"structures"},
     "nn": {"errors", "structures", "dialect", "schedules", "planning", "progress", "files"},
     "module": {"tvm_log", "errors", "files", "inputs", "targets", "planning", "report"},
-    "costs": {"cost_store", "dialect", "guard", "relay_passes", "schedules", "structures", "targets"},
+    "costs": {"cost_store", "dialect", "guard", "relay_passes", "schedules", "structures", "targets", "timing"},
+    "timing": {"schedules", "targets"},
     "relay": {
         "compiler", "errors", "files", "frontend", "guard", "inputs", "module", "planning", "relay_passes", "report",
         "settings", "structures", "targets",

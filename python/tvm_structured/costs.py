@@ -17,6 +17,7 @@ from tvm_structured.dialect import LayerCall, static_shape
 from tvm_structured.guard import Cost
 from tvm_structured.structures import Structure
 from tvm_structured.targets import host_cpu
+from tvm_structured.timing import last_level_cache, median_seconds
 
 SYMBOLIC_BATCH = 8  # a batch that is known at run time only is measured at this size
 PEAK_FLOPS = 100e9  # a core of a server CPU with AVX-512, for predictions: only ratios matter
@@ -34,6 +35,12 @@ class Prices:
     store: CostStore
     measure: bool = True
 
+    @functools.cached_property
+    def is_cold(self) -> bool:
+        """Whether the weights of the module do not stay in cache from run to run."""
+        factors = [factor for uses in self.calls.values() for factor in uses[0].factors]
+        return sum(4 * int(np.prod(static_shape(factor))) for factor in factors) > last_level_cache()
+
     def __call__(self, name: str, structure: Structure) -> Cost:
         """Seconds for all uses of the layer in one run of the model."""
         costs = [self.price(with_structure(call, structure), structure) for call in self.calls[name]]
@@ -42,10 +49,10 @@ class Prices:
     def price(self, call: LayerCall, structure: Structure) -> Cost:
         if not self.measure or not runs_here(self.target):
             return Cost(predict(call, structure, int(self.target.attrs["num-cores"])), False)
-        key, what = cost_key(call, structure, self.target)
+        key, what = cost_key(call, structure, self.target, self.is_cold)
         known = self.store.get(key)
         if known is None:
-            known = measure_call(call, self.target)
+            known = measure_call(call, self.target, self.is_cold)
             self.store.put(key, known, what)
         return Cost(known, True)
 
@@ -85,8 +92,8 @@ def predict(call: LayerCall, structure: Structure, cores: int) -> float:
     return max(structure.flops(rows) / peak, moved / BANDWIDTH)
 
 
-def cost_key(call: LayerCall, structure: Structure, target: Any) -> tuple[str, str]:
-    """(key, description). The key covers form, shapes, index factors, epilogue, target and versions."""
+def cost_key(call: LayerCall, structure: Structure, target: Any, is_cold: bool) -> tuple[str, str]:
+    """(key, description). The key covers form, shapes, index factors, epilogue, caches, target and versions."""
     import tvm
 
     indices = {
@@ -102,6 +109,8 @@ def cost_key(call: LayerCall, structure: Structure, target: Any) -> tuple[str, s
         "x": concrete(call.x),
         "epilogue": repr(call.epilogue),
         "conv": repr(call.conv),
+        "out_block": call.out_block,
+        "is_cold": is_cold,
         "target": str(target),
         "tvm": tvm.__version__,
         "kernels": kernel_version(),
@@ -127,8 +136,8 @@ def concrete(x: Any) -> tuple[int, ...]:
     return tuple(extent if isinstance(extent, int) else SYMBOLIC_BATCH for extent in static_shape(x) or ())
 
 
-def measure_call(call: LayerCall, target: Any) -> float:
-    """Median seconds of one call, compiled alone, weights hot."""
+def measure_call(call: LayerCall, target: Any, is_cold: bool = False) -> float:
+    """Median seconds of one call, compiled alone. Cold: its weights come from memory."""
     import tvm
     from tvm.runtime.vm import VirtualMachine
 
@@ -142,9 +151,8 @@ def measure_call(call: LayerCall, target: Any) -> float:
         executable = tvm.compile(structured_pipeline({}, target)(mod), target, relax_pipeline="default_build")
     machine = VirtualMachine(executable, tvm.cpu())
     rng = np.random.default_rng(0)
-    arrays = [tvm.runtime.tensor(rng.standard_normal(shape).astype(np.float32)) for shape in shapes]
-    evaluator = machine.time_evaluator("main", tvm.cpu(), number=1, repeat=5, min_repeat_ms=4)
-    return float(evaluator(*arrays).median)
+    inputs = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+    return median_seconds(machine, inputs, is_cold)
 
 
 def alone(call: LayerCall) -> tuple[Any, list[tuple[int, ...]]]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 SLOT = 0.02  # seconds of calls to a turn
-PAUSE = 0.01  # seconds between turns: spinning thread pools of one library slow down the next
+PAUSE = 0.05  # seconds between turns: the threads of a library spin for a while, and would take cores from the next
 
 
 def interleaved_medians(calls: Mapping[str, Callable[[], Any]], rounds: int = 7) -> dict[str, float]:
