@@ -56,8 +56,8 @@ def block_of(call: LayerCall, lanes: int) -> tuple[bool, bool]:
     is_depthwise = groups == channels == outs
     if not all(isinstance(extent, int) for extent in image) or not (groups == 1 or aligned or is_depthwise):
         return False, False
-    gives = fits_blocks(outs, lanes)
-    return gives and fits_blocks(channels, lanes), gives and not is_depthwise or gives and fits_blocks(channels, lanes)
+    takes, gives = fits_blocks(channels, lanes), fits_blocks(outs, lanes)
+    return takes and gives, gives and (takes or not is_depthwise)
 
 
 class Regions:

@@ -115,8 +115,8 @@ def build_kernel(
     blocked: tuple[bool, bool] = (False, False),
 ) -> BuiltKernel | None:
     """Compile the kernel of a structure. `rows` None leaves rows (or batch) symbolic; `config` is the number of
-    the configuration: None is returned past the last one. `image` is the input's (height, width), `blocked` tells whether
-    x and y are in blocks of channels."""
+    the configuration: None is returned past the last one. `image` is the input's (height, width), `blocked` tells
+    whether x and y are in blocks of channels."""
     kernel = KERNELS[name or structure.name]
     target, epilogue = target_for(machine), epilogue or Epilogue()
     extent = tirx.Var("rows", "int64") if rows is None else rows
