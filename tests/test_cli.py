@@ -61,6 +61,14 @@ def test_plan_compile_run_report_hand_over_to_each_other(folder: Path, tmp_path:
     rows = json.loads((tmp_path / "r.json").read_text())["rows"]
     assert [row["layer"] for row in rows] == ["0.weight", "2.weight"]
     assert (tmp_path / "r.html").read_text().startswith("<!doctype html>")
+    profiled = call(
+        *("profile", library, "--input", f"x={tmp_path / 'x.npy'}", "--repeat", 2),
+        *("--json", tmp_path / "p.json", "--html", tmp_path / "p.html"),
+    )
+    assert profiled.exit_code == 0, profiled.output
+    layers = [row["layer"] for row in json.loads((tmp_path / "p.json").read_text())["rows"]]
+    assert [layer for layer in layers if layer] == ["0.weight", "2.weight"] and "2.weight" in profiled.output
+    assert (tmp_path / "p.html").read_text().startswith("<!doctype html>")
 
 
 def test_errors_are_one_line_with_exit_code_one(folder: Path, tmp_path: Path) -> None:
@@ -94,3 +102,11 @@ def test_the_place_of_measured_costs_is_printed(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("TVM_STRUCTURED_CACHE", str(tmp_path))
     result = call("costs")
     assert result.output.startswith(f"{tmp_path / 'costs.jsonl'}: 0 measured costs")
+
+
+def test_the_roofline_is_printed_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TVM_STRUCTURED_CACHE", str(tmp_path))
+    assert "GFLOP/s" not in call("costs").output
+    result = call("costs", "--roofline")
+    assert "GFLOP/s" in result.output and "GB/s from memory" in result.output
+    assert (tmp_path / "roofline.json").exists()

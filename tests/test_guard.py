@@ -69,6 +69,27 @@ def test_winograd_tiles_are_told_apart_by_their_price() -> None:
     assert make_plan({"w": conv}, price=price).choices["w"].describe() == "tile=2"
 
 
+def test_a_structure_that_lost_is_named_where_winograd_won() -> None:
+    core, left = RNG.standard_normal((4, 16, 3, 3)), RNG.standard_normal((16, 4))
+    weight = np.einsum("or,rihw->oihw", left, core).astype(np.float32)
+    conv = Conv2d("w", weight, padding=(1, 1, 1, 1), input_hw=(28, 28))
+    plan = make_plan({"w": conv}, price=priced(dense=1.0, winograd=0.5, low_rank=1.3))
+    assert plan.choices["w"].name == "winograd"
+    assert plan.notes["w"].reason == "same weight, fewer operations; 2.0x faster; low_rank rank=4 is 1.3x slower"
+
+
+def test_the_report_of_a_measured_model_has_times_and_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TVM_STRUCTURED_CACHE", str(tmp_path))
+    model, x = nn.Linear(256, 512).eval(), torch.randn(1, 256)
+    row = ts.compile(model, inputs=(x,), target="host").report().rows[0]
+    assert row.seconds == row.dense_seconds and row.is_measured
+    assert row.bound_fraction is not None and row.bound_fraction > 0
+    predicted = ts.compile(model, inputs=(x,), target="host", measure=False).report().rows[0]
+    assert predicted.seconds is not None and not predicted.is_measured and predicted.bound_fraction is None
+    planned = ts.compile(model, inputs=(x,), target="host", plan=ts.Plan({})).report().rows[0]
+    assert (planned.seconds, planned.dense_seconds, planned.bound_fraction) == (None, None, None)
+
+
 def test_a_compiled_model_measures_once_and_remembers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TVM_STRUCTURED_CACHE", str(tmp_path))
     model, x = nn.Sequential(nn.Linear(256, 512, bias=False)).eval(), torch.randn(1, 256)

@@ -19,7 +19,11 @@ ALLOWED = {
     "planning": {"errors", "structures", "progress", "plan_files", "guard"},
     "guard": {"structures"},
     "nn": {"errors", "structures", "dialect", "schedules", "planning", "progress", "files"},
-    "module": {"tvm_log", "errors", "files", "inputs", "targets", "planning", "report"},
+    "module": {"tvm_log", "errors", "files", "inputs", "targets", "planning", "profiling", "report"},
+    "profile": {"files", "report", "report_html", "roofline"},
+    "profiling": {"inputs", "profile", "roofline"},
+    "report": {"files", "report_html", "roofline"},
+    "roofline": {"cost_store", "files", "schedules", "targets"},
     "costs": {"cost_store", "dialect", "guard", "relay_passes", "schedules", "structures", "targets", "timing"},
     "timing": {"schedules", "targets"},
     "relay": {

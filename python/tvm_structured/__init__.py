@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from tvm_structured.inspection import inspect
     from tvm_structured.module import Compiled, load
     from tvm_structured.planning import Plan, make_plan
+    from tvm_structured.profile import Profile
     from tvm_structured.report import Report
     from tvm_structured.settings import options
     from tvm_structured.structures import STRUCTURES, Budget, Conv2d, Dense, Layer, Structure
@@ -43,6 +44,7 @@ _HOMES = {
     "module": ("Compiled", "load"),
     "settings": ("options",),
     "planning": ("Plan", "make_plan"),
+    "profile": ("Profile",),
     "report": ("Report",),
     "schedules": ("KERNELS",),
     "structures": ("STRUCTURES", "Budget", "Conv2d", "Dense", "Layer", "Structure"),
@@ -63,6 +65,7 @@ __all__ = [
     "ModelError",
     "Plan",
     "PlanError",
+    "Profile",
     "Report",
     "Structure",
     "StructuredError",

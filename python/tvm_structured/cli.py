@@ -120,10 +120,7 @@ def run(library: Path, inputs: tuple[str, ...], output: Path | None, timed: bool
     from tvm_structured.module import load
 
     module = load(library)
-    given = {name: read_array(Path(file)) for name, file in (split(text, "--input") for text in inputs)}
-    rng = np.random.default_rng(0)
-    missing = {spec.name: random_input(spec, rng) for spec in module.inputs if spec.name not in given}
-    arrays = {**given, **missing}
+    arrays = read_inputs(module, inputs)
     outputs = module(**arrays)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     for index, array in enumerate(outputs):
@@ -152,12 +149,45 @@ def report(library: Path, json_path: Path | None, html_path: Path | None) -> Non
 
 
 @cli.command()
-def costs() -> None:
+@click.argument("library", type=click.Path(path_type=Path))
+@click.option("--input", "inputs", multiple=True, metavar="NAME=FILE.npy", help="An input; random numbers otherwise.")
+@click.option("--repeat", default=10, show_default=True, help="Runs to take the median of.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the profile as JSON.")
+@click.option("--html", "html_path", type=click.Path(path_type=Path), help="Write the profile as an HTML page.")
+def profile(
+    library: Path, inputs: tuple[str, ...], repeat: int, json_path: Path | None, html_path: Path | None
+) -> None:
+    """Run an exported library and print where the time goes."""
+    from tvm_structured.module import load
+
+    module = load(library)
+    taken = module.profile(repeat=repeat, **read_inputs(module, inputs))
+    click.echo(str(taken))
+    if json_path is not None:
+        taken.to_json(json_path)
+    if html_path is not None:
+        taken.to_html(html_path)
+
+
+@cli.command()
+@click.option("--roofline", "with_roofline", is_flag=True, help="Also this machine's peak and bandwidths (measured).")
+def costs(with_roofline: bool) -> None:
     """Print where measured costs are kept, and how many there are."""
     from tvm_structured.cost_store import CostStore
 
     store = CostStore()
     click.echo(f"{store.path}: {len(store)} measured costs (set TVM_STRUCTURED_CACHE to keep them elsewhere)")
+    if with_roofline:
+        from tvm_structured.roofline import machine_key, roofline
+
+        click.echo(f"{machine_key()}: {roofline()}")
+
+
+def read_inputs(module: Any, texts: tuple[str, ...]) -> dict[str, Any]:
+    """NAME=FILE.npy texts as arrays; random numbers for the other inputs."""
+    given = {name: read_array(Path(file)) for name, file in (split(text, "--input") for text in texts)}
+    rng = np.random.default_rng(0)
+    return {**given, **{spec.name: random_input(spec, rng) for spec in module.inputs if spec.name not in given}}
 
 
 def limits(max_params: float | None, max_flops: float | None, max_error: float | None) -> Any:

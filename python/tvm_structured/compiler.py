@@ -82,6 +82,7 @@ def build(mod: Any, imported: Imported, plan: Plan, target: Any, database: Any) 
     import tvm
 
     from tvm_structured.relay_passes.find_layers import find_calls, find_layers
+    from tvm_structured.relay_passes.mark_layers import kernel_calls
     from tvm_structured.relay_passes.pipeline import structured_pipeline
 
     report = make_report(find_calls(mod), plan, target.attrs.get("mcpu", target.kind.name))
@@ -95,6 +96,7 @@ def build(mod: Any, imported: Imported, plan: Plan, target: Any, database: Any) 
     try:
         with target, stage("Compiling"):
             lowered = structured_pipeline(choices, target, database)(mod)
+            metadata["kernels"] = kernel_calls(lowered)
             executable = tvm.compile(with_metadata(lowered, metadata), target, relax_pipeline="default_build")
     except (RuntimeError, AttributeError, TypeError, ValueError) as error:  # what TVM's C++ checks raise
         if isinstance(error, StructuredError):

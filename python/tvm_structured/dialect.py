@@ -227,6 +227,7 @@ def matrix_shape(call: LayerCall) -> tuple[int, int]:
 def register() -> None:
     """Register the operators with TVM; doing it again is harmless."""
     from tvm_structured.relay_passes.lower_structured import legalize
+    from tvm_structured.relay_passes.mark_layers import marking
 
     for error in vars(errors).values():
         if isinstance(error, type) and issubclass(error, errors.StructuredError):
@@ -235,5 +236,5 @@ def register() -> None:
     for name in KERNELS:
         if PREFIX + name in known:
             continue
-        for key, value in {"FPurity": True, "FInferType": infer_type, "FLegalize": legalize}.items():
+        for key, value in {"FPurity": True, "FInferType": infer_type, "FLegalize": marking(legalize)}.items():
             ir.register_op_attr(PREFIX + name, key, value)

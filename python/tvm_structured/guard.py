@@ -120,6 +120,10 @@ def by_price(layer: Layer, found: Candidates, price: Price) -> tuple[Structure, 
         best = ranked[0] if group is found.near else cheapest(ranked, costs)
         cost = costs[id(best)]
         reason = f"{found.reason(best)}; {ratio(limit, cost)}"
+        lost = (*found.exact, *found.near) if group is found.algorithms else ()
+        if lost:
+            other = min(lost, key=lambda m: costs[id(m)].seconds)
+            reason += f"; {other.name} {other.describe()} is {ratio(limit, costs[id(other)])}"
         return best, Note(
             best.error(layer), reason, digest(layer.weight), cost.seconds, limit.seconds, cost.is_measured
         )
