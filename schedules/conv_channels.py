@@ -15,6 +15,7 @@ from tvm_structured.schedules.channel_blocks import BlockWriter
 from tvm_structured.schedules.conv_units import Term, Units, each_tap_first
 from tvm_structured.schedules.cpu import Cpu
 from tvm_structured.schedules.emit import Emitter, local, parallel, scratch, serial, when
+from tvm_structured.schedules.gemm import most_rows
 from tvm_structured.schedules.images import ImageShape, ImageWriter, PaddedCopy, transpose
 
 Writer = ImageWriter | BlockWriter
@@ -23,8 +24,8 @@ AHEAD = 32  # terms; the weights of small images come from level 3 or memory
 
 def register_blocks(cpu: Cpu) -> tuple[tuple[int, int], ...]:
     """(most pixels, channel vectors) that fit the registers; a block's pixels are transposed as one square."""
-    room = 28 if cpu.registers >= 32 else 12
-    return tuple((min(cpu.lanes, room // nr), nr) for nr in (1, 2, 3, 4, 6, 8) if nr <= room // 2)
+    blocks = ((min(cpu.lanes, most_rows(cpu, nr)), nr) for nr in (1, 2, 3, 4, 6))
+    return tuple((mr, nr) for mr, nr in blocks if mr > 1)
 
 
 def pixel_block(shape: ImageShape, most: int) -> tuple[int, int]:

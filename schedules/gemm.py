@@ -33,6 +33,14 @@ def register_block(cpu: Cpu, rows: Extent, out: int) -> tuple[int, int]:
     return mr, nr
 
 
+def most_rows(cpu: Cpu, nr: int) -> int:
+    """Rows of a block whose sums fit the registers beside nr vectors and a broadcast scalar.
+
+    With no register left for the scalar it would be loaded anew for each of the nr vectors.
+    """
+    return max(1, (cpu.registers - nr - 1) // nr)
+
+
 def pack_panels(matrix: np.ndarray, width: int) -> np.ndarray:
     """(out, in) -> (ceil(out / width), in, width), zero-padded."""
     out, inner = matrix.shape

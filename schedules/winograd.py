@@ -114,12 +114,16 @@ def gemm(
     load: Callable[[Any, Any], Any],
     panel: Callable[[Any, int], Any],
     store: Callable[[Any, int, Any], None],
+    ahead: Callable[[Any], None],
 ) -> None:
-    """store(row, q, vector) of sum_k load(row, k) * panel(k, q); where rows are left the last block overlaps."""
+    """store(row, q, vector) of sum_k load(row, k) * panel(k, q); where rows are left the last block overlaps.
+
+    ahead(k) asks for row k of the panel that comes next.
+    """
     mr, nr = config["mr"], config["nr"]
 
     def block(first: Any) -> None:
-        acc = multiply_block(e, mr, nr, channels, lambda i, k: load(first + i, k), panel)
+        acc = multiply_block(e, mr, nr, channels, lambda i, k: load(first + i, k), panel, prefetch=ahead)
         for i in range(mr):
             for q in range(nr):
                 store(first + i, q, acc[i][q][0])
@@ -127,6 +131,12 @@ def gemm(
     count = -(-rows // mr) if isinstance(rows, int) else (rows + mr - 1) // mr
     with serial(0, count) as i:
         block(tirx.min(i * mr, rows - mr))
+
+
+def prefetch_row(e: Emitter, weight: Any, row: tuple[Any, Any, Any], vectors: int) -> None:
+    """Large weights come from level 3 or memory; behind the last panel it asks for what nobody reads."""
+    for q in range(vectors):
+        e.prefetch(weight, *row, q * e.lanes)
 
 
 def fused(e: Emitter, grid: TileGrid, config: Config, images: Images, weight: Any) -> None:
@@ -161,6 +171,7 @@ def fused(e: Emitter, grid: TileGrid, config: Config, images: Images, weight: An
                     lambda tile, k: data[point * data_stride + tile * depth + k],
                     lambda k, q: e.load(weight, block, point, k, q * lanes),
                     lambda tile, q, value: e.store(sums, value, point * sum_stride + tile * width + q * lanes),
+                    lambda k: prefetch_row(e, weight, (block, point + 1, k), nr),
                 )
             with serial(0, nr) as q:
                 first = block * width + q * lanes
@@ -264,6 +275,7 @@ class Stages:
                 lambda row, q, value: e.store(
                     sums, value, point * sum_stride + row * self.outs + block * self.width + q * e.lanes
                 ),
+                lambda k: prefetch_row(e, weight, (point, block + 1, k), self.config["nr"]),
             )
 
     def finish(self, target: Images, first_image: Any, images: Extent) -> None:

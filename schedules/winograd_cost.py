@@ -10,10 +10,12 @@ from itertools import islice
 
 from tvm_structured.schedules.base import Config
 from tvm_structured.schedules.cpu import Cpu
+from tvm_structured.schedules.gemm import most_rows
 from tvm_structured.schedules.images import ImageShape
 from tvm_structured.schedules.winograd_tiles import TileGrid
 
 LEVEL1, LEVEL2, LEVEL3 = 32 * 1024, 512 * 1024, 16 * 1024 * 1024  # bytes that stay there beside other operands
+HELD = 640 * 1024  # bytes of transformed tiles that stay in level 2
 BYTES_PER_CYCLE = 48.0, 12.0, 5.0  # read from level 2, level 3, memory
 GROUP_BYTES = 32 * 1024 * 1024  # of transformed images that are staged at once
 MOST_IMAGES = 8
@@ -50,10 +52,9 @@ def near_equal_parts(count: int, most: int) -> list[int]:
 
 def register_blocks(cpu: Cpu, rows: int) -> list[tuple[int, int]]:
     """(tiles, channel vectors) that fit the registers, tiles in nearly equal parts."""
-    room = 28 if cpu.registers >= 32 else 12
     found = []
     for nr in (2, 3, 4, 6) if cpu.registers >= 32 else (1, 2, 3):
-        mr = -(-rows // -(-rows // (room // nr)))
+        mr = -(-rows // -(-rows // most_rows(cpu, nr)))
         found.append((mr, nr))
     return found
 
@@ -92,12 +93,12 @@ def cost(shape: ImageShape, tile: int, cpu: Cpu, config: Config) -> float:
         units = grid.rectangles * batch
         work = grid.in_rectangle * transforms + products(grid.in_rectangle)
         # what does not fit level 2 is read again for every block of outputs
-        work += 0.0 if held <= LEVEL2 else held * blocks / BYTES_PER_CYCLE[1] / 4
+        work += 0.0 if held <= HELD else held * blocks / BYTES_PER_CYCLE[1] / 4
         return turns(units, cpu) * work + REGION
     images = config["images"]
     moved = 4.0 * points * images * grid.tiles * (shape.channels + shape.outs)
     one = images * grid.rectangles * grid.in_rectangle * transforms
-    one += products(images * grid.tiles) + 2 * moved / speed(moved)
+    one += products(images * grid.tiles) + 4 * moved / speed(moved)  # written and read, twice
     return -(-batch // images) * (one / cpu.cores + 3 * REGION)
 
 
