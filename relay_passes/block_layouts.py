@@ -104,15 +104,21 @@ class _Blocker(PyExprMutator):
         self.regions: Any = None
         self.var: Any = None  # that is being bound
         self.converted: dict[Any, Any] = {}  # variable -> its blocks, within a binding block
+        self.visible: set[Any] = set()  # images in blocks that this binding block made
         self.converters: set[str] = set()
 
     def visit_binding_block_(self, block: Any) -> Any:
-        self.converted.clear()  # variables of a dataflow block are unknown outside
+        self.forget()
         return super().visit_binding_block_(block)
 
     def visit_dataflow_block_(self, block: Any) -> Any:
-        self.converted.clear()
+        self.forget()
         return super().visit_dataflow_block_(block)
+
+    def forget(self) -> None:
+        """Variables of a dataflow block are unknown outside."""
+        self.converted.clear()
+        self.visible.clear()
 
     def visit_var_binding_(self, binding: Any) -> None:
         self.var = binding.var
@@ -148,7 +154,8 @@ class _Blocker(PyExprMutator):
         if isinstance(value, relax.Var):
             return self.blocks_of(value)
         if op_name(value) == "relax.call_tir" and value.args[0].name_hint in self.converters:
-            return value.args[1].fields[0]
+            blocks = value.args[1].fields[0]
+            return blocks if blocks in self.visible else None
         return None
 
     def to_blocks(self, image: Any) -> Any:
@@ -167,7 +174,9 @@ class _Blocker(PyExprMutator):
         shape = static_shape(image)
         func = self.builder_.add_func(unblock_func((bindable(shape[0]), *shape[1:]), self.cpu), "from_blocks")
         self.converters.add(func.name_hint)
-        return relax.call_tir(func, [self.builder_.emit(blocks)], relax.TensorType(shape, "float32"))
+        stored = self.builder_.emit(blocks)
+        self.visible.add(stored)
+        return relax.call_tir(func, [stored], relax.TensorType(shape, "float32"))
 
 
 def is_image(call: Any) -> bool:

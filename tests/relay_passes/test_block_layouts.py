@@ -11,9 +11,12 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from tvm import relax
 
 import tvm_structured as ts
 from tvm_structured.structures import STRUCTURES, Conv2d
+
+RNG = np.random.default_rng(0)
 
 
 def compiled(model: nn.Module, x: torch.Tensor, **options: Any) -> Any:
@@ -126,6 +129,30 @@ def test_matrix_structures_read_and_write_blocks(family: str) -> None:
     model[2].weight.data = torch.from_numpy(np.ascontiguousarray(matrix.transpose(0, 3, 1, 2)))
     made = compiled(model, torch.randn(2, 32, 9, 11), plan=ts.Plan({"2.weight": member}))
     assert conversions(made) == {"to_blocks": 1, "from_blocks": 1}
+
+
+def test_blocks_stay_within_the_dataflow_block_that_made_them() -> None:
+    weights = [RNG.standard_normal((32, 32, 3, 3)).astype(np.float32) / 17 for _ in range(3)]
+    builder = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType((1, 32, 9, 9), "float32"))
+
+    def layer(value: Any, weight: np.ndarray) -> Any:
+        return relax.op.nn.conv2d(value, relax.const(weight), padding=(1, 1))
+
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            first = builder.emit_output(layer(builder.emit(layer(x, weights[0])), weights[1]))
+        with builder.dataflow():
+            second = builder.emit(layer(first, weights[2]))
+            result = builder.emit_output(builder.emit(relax.op.add(second, first)))
+        builder.emit_func_output(result)
+    made = ts.compile(builder.get(), target="host", measure=False)
+    image = RNG.standard_normal((1, 32, 9, 9)).astype(np.float32)
+    middle = torch.from_numpy(image)
+    for weight in weights[:2]:
+        middle = functional.conv2d(middle, torch.from_numpy(weight), padding=1)
+    expected = functional.conv2d(middle, torch.from_numpy(weights[2]), padding=1) + middle
+    np.testing.assert_allclose(made(image), expected.numpy(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("target", ["llvm", {"kind": "llvm", "mcpu": "haswell"}], ids=str)
