@@ -16,13 +16,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from tvm_structured.metrics import median_of
+from tvm_structured.metrics import median_of, settle
 from tvm_structured.targets import host_cpu, physical_cores
 
 Call = Callable[[], Any]
 NOISY = 0.15  # spread of the turns above which a time is marked
 SLOT = 0.02  # seconds of calls to a turn
-GAP = 0.02  # seconds between turns: spinning thread pools of one library slow down the next
 MIN_ROUNDS = 3
 
 
@@ -51,17 +50,19 @@ def interleaved(calls: Mapping[str, Call], rounds: int = 9, limit: float = 20.0)
     """
     counts, round_seconds = {}, 0.0
     for name, call in calls.items():
-        call()
         start = time.perf_counter()
+        settle()
         call()
-        once = time.perf_counter() - start
-        counts[name] = max(1, min(2000, int(SLOT / max(once, 1e-7))))
-        round_seconds += GAP + once * (counts[name] + 1)
+        again = time.perf_counter()
+        call()
+        end = time.perf_counter()
+        counts[name] = max(1, min(2000, int(SLOT / max(end - again, 1e-7))))
+        round_seconds += end - start + (end - again) * counts[name]
     rounds = max(MIN_ROUNDS, min(rounds, int(limit / round_seconds)))
     turns: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            time.sleep(GAP)
+            settle()
             turns[name].append(median_of(call, counts[name]))
     return {name: Timing.of(values) for name, values in turns.items()}
 
@@ -102,11 +103,19 @@ def describe_machine() -> str:
     return f"{about['cpu']}, {about['threads']} threads, float32, {versions}, load average {about['load']}"
 
 
-def milliseconds(timing: Timing | None, digits: int = 2) -> str:
+def milliseconds(timing: Timing | None) -> str:
     """`12.34`, `12.34~` where the turns spread too far, `-` where there is no time."""
+    return marked(timing, 1e3, 2)
+
+
+def microseconds(timing: Timing | None) -> str:
+    return marked(timing, 1e6, 0)
+
+
+def marked(timing: Timing | None, scale: float, digits: int) -> str:
     if timing is None:
         return "-"
-    return f"{timing.seconds * 1e3:,.{digits}f}{'~' if timing.noisy else ''}"
+    return f"{timing.seconds * scale:,.{digits}f}{'~' if timing.noisy else ''}"
 
 
 def print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> None:

@@ -34,3 +34,98 @@ def test_the_layer_benchmark_measures_and_checks(monkeypatch: pytest.MonkeyPatch
     assert min(row["torch"], row["ort"], row["ours"]) > 0
     assert row["error"] < bench.TOLERANCE
     assert len(bench.cells(row)) == 8
+
+
+def test_the_convolution_benchmark_measures_and_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = load(next(path for path in BENCHMARKS if path.stem == "bench_convs"), monkeypatch)
+    row = bench.measure(bench.Convolution(8, 16, 3, 1, 1, 6), batch=2, rounds=1)
+    assert set(row["times"]) == {"eager", "channels_last", "prepacked", "onnxruntime", "ours"}
+    assert row["error"] < bench.TOLERANCE and row["of_peak"] > 0
+    assert row["dense_flops"] == 2 * 2 * 6 * 6 * 16 * 8 * 9
+    assert len(bench.cells(row)) == 4 + 2 * 4 + 3 - 1
+
+
+def test_the_convolutions_are_those_of_the_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = load(next(path for path in BENCHMARKS if path.stem == "bench_convs"), monkeypatch)
+    vgg, resnet = map(bench.convolutions, ("vgg16", "resnet50"))
+    assert (len(vgg), len(resnet)) == (9, 23)
+    assert bench.Convolution(3, 64, 7, 2, 3, 224) == resnet[0] and bench.Convolution(512, 512, 3, 1, 1, 14) == vgg[-1]
+
+
+# millions of parameters, as everybody counts them, and the output
+SIZES = {
+    "alexnet": (61.10, (2, 1000)),
+    "vgg16": (138.36, (2, 1000)),
+    "resnet18": (11.69, (2, 1000)),
+    "resnet50": (25.56, (2, 1000)),
+    "vit_b16": (86.57, (2, 1000)),
+    "bert_base": (85.05, (2, 128, 768)),
+}
+
+
+def test_the_networks_have_the_well_known_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS[0].parent)
+    import networks
+    import torch
+
+    assert set(networks.NETWORKS) == set(SIZES)
+    for name, (millions, output) in SIZES.items():
+        make, shape = networks.NETWORKS[name]
+        with torch.device("meta"):
+            module = make()
+            assert tuple(module(torch.empty(2, *shape)).shape) == output
+        assert sum(p.numel() for p in module.parameters()) / 1e6 == pytest.approx(millions, abs=0.006), name
+
+
+def test_random_networks_are_repeatable_and_stay_near_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS[0].parent)
+    import networks
+    import torch
+
+    (module, x), (again, y) = (networks.network("resnet18", 1) for _ in range(2))
+    assert torch.equal(x, y) and torch.equal(module[0].weight, again[0].weight)
+    with torch.inference_mode():
+        output = module(x)
+    assert 0.1 < float(output.std()) < 10
+
+
+def test_a_structured_network_keeps_the_size_of_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = load(next(path for path in BENCHMARKS if path.stem == "bench_models"), monkeypatch)
+    import torch
+    from torch import nn
+
+    from tvm_structured.structures import BlockCirculant
+
+    dense = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(64, 40)).requires_grad_(False)
+    changed = bench.block_circulant(dense, 8)
+    assert torch.equal(changed[0].weight, dense[0].weight)
+    found = BlockCirculant.detect(changed[1].weight.numpy())
+    assert found is not None and found.c.shape == (5, 8, 8)
+    assert float(changed[1].weight.norm() / dense[1].weight.norm()) == pytest.approx(1, rel=0.2)
+
+
+def test_timings_tell_noise_and_missing_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS[0].parent)
+    import measuring
+
+    assert measuring.milliseconds(measuring.Timing.of([1e-3, 1e-3, 1.01e-3])) == "1.00"
+    assert measuring.milliseconds(measuring.Timing.of([1e-3, 2e-3, 3e-3])) == "2.00~"
+    assert measuring.milliseconds(None) == "-"
+    counts = {"a": 0}
+    timing = measuring.interleaved({"a": lambda: counts.update(a=counts["a"] + 1)}, rounds=2)["a"]
+    assert timing.seconds > 0 and counts["a"] > 6
+
+
+def test_work_in_another_process_has_a_limit_and_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS[0].parent)
+    import math
+    import time
+
+    import children
+
+    assert children.in_child(math.sqrt, 4.0, limit=60) == 2.0
+    with pytest.raises(children.ChildFailed, match="ValueError"):
+        children.in_child(math.sqrt, -1.0, limit=60)
+    with pytest.raises(children.ChildFailed, match="more than 1 s"):
+        children.in_child(time.sleep, 30, limit=1)
+    assert children.peak_bytes() > 1e6

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 SLOT = 0.02  # seconds of calls to a turn
-PAUSE = 0.05  # seconds between turns: the threads of a library spin for a while, and would take cores from the next
+PAUSE = 0.01  # seconds; between turns as many of them as it takes until all threads rest
+LONGEST_PAUSE = 1.0
 
 
 def interleaved_medians(calls: Mapping[str, Callable[[], Any]], rounds: int = 7) -> dict[str, float]:
@@ -22,9 +23,23 @@ def interleaved_medians(calls: Mapping[str, Callable[[], Any]], rounds: int = 7)
     turns: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            time.sleep(PAUSE)
+            settle()
             turns[name].append(median_of(call, counts[name]))
     return {name: statistics.median(values) for name, values in turns.items()}
+
+
+def settle() -> None:
+    """Wait until no thread of this process uses a processor any more.
+
+    Workers of TVM, ONNX Runtime and OpenMP spin for a while after their last task, TVM's for more than 100 ms, and
+    take a core away from the library whose turn is next.
+    """
+    end = time.perf_counter() + LONGEST_PAUSE
+    while time.perf_counter() < end:
+        used = time.process_time()
+        time.sleep(PAUSE)
+        if time.process_time() - used < 0.05 * PAUSE:
+            return
 
 
 def median_of(call: Callable[[], Any], count: int) -> float:
