@@ -97,7 +97,8 @@ def test_a_structured_network_keeps_the_size_of_its_weights(monkeypatch: pytest.
     from tvm_structured.structures import BlockCirculant
 
     dense = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(64, 40)).requires_grad_(False)
-    changed = bench.block_circulant(dense, 8)
+    changed, choices = bench.block_circulant(dense, 8)
+    assert list(choices) == ["1.weight"]
     assert torch.equal(changed[0].weight, dense[0].weight)
     found = BlockCirculant.detect(changed[1].weight.numpy())
     assert found is not None and found.c.shape == (5, 8, 8)
