@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 import tvm_structured as ts
@@ -47,3 +51,20 @@ def test_a_target_that_tvm_does_not_know_is_named(target: object) -> None:
 def test_targets_without_structured_kernels_are_refused() -> None:
     with pytest.raises(ts.TargetError, match="only LLVM"):
         resolve_target({"kind": "cuda", "arch": "sm_90"})
+
+
+def test_modules_run_on_every_core_without_any_setting() -> None:
+    script = (
+        "import tvm_ffi, tvm_structured as ts\n"
+        "from tvm_structured.targets import physical_cores, use_all_cores\n"
+        "use_all_cores()\n"
+        "threads = tvm_ffi.get_global_func('runtime.NumThreads')()\n"
+        "assert threads == physical_cores(), (threads, physical_cores())\n"
+    )
+    unset = ("TVM_NUM_THREADS", "OMP_NUM_THREADS")
+    environment = {key: value for key, value in os.environ.items() if key not in unset}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr

@@ -55,9 +55,10 @@ def threads_per_core() -> int:
 
 
 def use_all_cores() -> None:
-    """Give TVM's thread pool every core: its own default is half the logical processors, one thread on two cores."""
-    if "TVM_NUM_THREADS" in os.environ or "OMP_NUM_THREADS" in os.environ:
-        return
-    import tvm_ffi
+    """Give TVM's thread pool every core: its own default is half the logical processors, one thread on two cores.
 
-    tvm_ffi.get_global_func("runtime.config_threadpool")(0, physical_cores())
+    TVM reads the variable when the pool of a calling thread starts; `runtime.config_threadpool` can only lower the
+    number after that (TVM 0.27).
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        os.environ.setdefault("TVM_NUM_THREADS", str(physical_cores()))
