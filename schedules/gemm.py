@@ -14,23 +14,62 @@ from tvm import tirx
 
 from tvm_structured.schedules.base import Extent
 from tvm_structured.schedules.cpu import Cpu
-from tvm_structured.schedules.emit import Emitter, ceildiv, either, serial
+from tvm_structured.schedules.emit import Emitter, ceildiv, either, held, serial
 
 UNROLL = 4
+MANY_ROWS = 48
 
 
 def register_block(cpu: Cpu, rows: Extent, out: int) -> tuple[int, int]:
-    """(mr, nr): few rows take wide panels (they stream the weight), many rows a squarer block."""
+    """(mr, nr). At most 8 rows: more of them, a power of two apart, would fall onto the same cache sets.
+
+    Few rows need several vectors, for eight multiply-adds have to be on their way at any time. Many rows take a
+    squarer block: fewer loads, and a piece of its panel is met by all of them.
+    """
+    known = isinstance(rows, int) and rows > 0
+    most = 8 if cpu.registers >= 32 else 6
+    # (mr, nr) -> how much slower than the best one for equal work, as measured
+    blocks = {(even_blocks(rows, most)[0][1] if known else most, nr): cost for nr, cost in ((2, 1.0), (1, 1.4))}
+    if cpu.registers >= 32 and known and rows < 4:
+        blocks[rows, 4] = 0.99
+    if cpu.registers >= 32 and known and rows >= MANY_ROWS:
+        blocks[6, 4] = 0.95
     vectors = max(1, -(-out // cpu.lanes))
-    many = cpu.registers >= 32
-    if not isinstance(rows, int) or rows > 4:
-        mr, nr = (8, 2) if many else (4, 2)
-    else:
-        mr, nr = rows, {1: 8, 2: 4, 3: 4, 4: 4}[max(1, rows)] if many else {1: 4, 2: 4, 3: 2, 4: 2}[max(1, rows)]
-    # at least two panels to a core, else threads idle
-    while nr > 1 and -(-vectors // nr) < 2 * cpu.cores:
-        nr //= 2
-    return mr, nr
+
+    def time(block: tuple[int, int]) -> float:
+        """Of the busiest core."""
+        panels = -(-vectors // block[1])
+        return -(-panels // cpu.cores) * block[1] * blocks[block]
+
+    return min(blocks, key=time)
+
+
+def even_blocks(rows: int, most: int) -> list[tuple[int, int]]:
+    """[(how many, size), ...]: as few blocks of at most `most` rows as possible, their sizes one apart."""
+    blocks = -(-rows // most)
+    small, larger = divmod(rows, max(1, blocks))
+    return [(count, size) for count, size in ((larger, small + 1), (blocks - larger, small)) if count and size]
+
+
+def each_block(rows: Extent, most: int, body: Callable[[Any, int, Any], None], start: Any = 0) -> None:
+    """body(first row, size, number of the block) over all rows; of an unknown number the rest is halved again and
+    again."""
+    if isinstance(rows, int):
+        first = number = 0
+        for count, size in even_blocks(rows, most):
+            if count == 1:
+                body(start + first, size, number)
+            else:
+                with serial(0, count) as i:
+                    body(start + first + i * size, size, number + i)
+            first, number = first + count * size, number + count
+        return
+    size, first, left = most, start, rows
+    while size:
+        with serial(0, left // size) as i:
+            body(held(first + i * size), size, i)
+        first, left = first + left // size * size, left % size
+        size = size // 2
 
 
 def most_rows(cpu: Cpu, nr: int) -> int:
@@ -59,8 +98,12 @@ def multiply_block(
     b: Callable[[Any, int], Any],
     start: Callable[[int, int], Any] | None = None,
     prefetch: Callable[[Any], None] | None = None,
+    each_group: Callable[[Any], None] | None = None,
 ) -> list[list[Any]]:
-    """acc[i][q] = start(i, q) + sum_k a(i, k) * b(k, q), in registers. a is a scalar, b a vector."""
+    """acc[i][q] = start(i, q) + sum_k a(i, k) * b(k, q), in registers. a is a scalar, b a vector.
+
+    `prefetch(k)` is called for every k, `each_group(g)` once for every UNROLL of them.
+    """
     acc = [e.registers(nr) for _ in range(rows)]
     for i in range(rows):
         for q in range(nr):
@@ -76,6 +119,8 @@ def multiply_block(
                 e.set(acc[i][q], acc[i][q][0] + scalar * panel[q])
 
     with serial(0, depth // UNROLL) as outer:
+        if each_group is not None:
+            each_group(outer)
         for inner in range(UNROLL):
             step(outer * UNROLL + inner)
     rest = depth % UNROLL

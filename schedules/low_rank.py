@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from tvm_structured.schedules.base import Config, Kernel, Site
-from tvm_structured.schedules.dense import gemm
+from tvm_structured.schedules.dense import gemm, gemm_config
 from tvm_structured.schedules.emit import Emitter, arg, prim_func, scratch
 from tvm_structured.schedules.epilogue import RowWriter
-from tvm_structured.schedules.gemm import pack_panels, register_block
+from tvm_structured.schedules.gemm import pack_panels
 from tvm_structured.structures.base import Structure
 
 # starting the other threads twice takes as long as this many operations on one
@@ -24,21 +24,21 @@ class LowRankKernel(Kernel):
     name = "low_rank"
 
     def configs(self, structure: Structure, site: Site) -> Iterator[Config]:
-        rank, (out, _) = structure.factors["v"].shape[0], structure.shape
-        few = isinstance(site.rows, int) and site.rows <= 16
+        rank, (out, inner) = structure.factors["v"].shape[0], structure.shape
         is_tiny = isinstance(site.rows, int) and structure.flops(site.rows) < FEW_OPERATIONS
-        block, wide = (register_block(site.cpu, site.rows, n) for n in (rank, out))
-        default = 1 << 20 if site.rows == 1 else 256 if few else 512
+        thin = gemm_config(site.cpu, site.rows, rank, inner)
+        wide = gemm_config(site.cpu, site.rows, out, rank)
         threads = 1 if is_tiny else site.cpu.cores
-        for kc in dict.fromkeys((default, 256, 512, 1024)):
-            for thin in dict.fromkeys((block, (block[0], 1))):
-                yield {"thin": thin, "wide": wide, "kc": kc, "prefetch": 128, "threads": threads}
+        yield {"thin": thin, "wide": wide, "threads": threads}
+        yield {"thin": {**thin, "nr": 1, "kc": inner}, "wide": wide, "threads": threads}
+        yield {"thin": {**thin, "kc": inner}, "wide": {**wide, "kc": rank}, "threads": threads}
+        yield {"thin": {**thin, "prefetch": 1 - thin["prefetch"]}, "wide": wide, "threads": threads}
 
     def pack(self, structure: Structure, site: Site, config: Config) -> dict[str, np.ndarray]:
         u, v = structure.factors["u"], structure.factors["v"]
         return {
-            "v": pack_panels(v, config["thin"][1] * site.cpu.lanes),
-            "u": pack_panels(u, config["wide"][1] * site.cpu.lanes),
+            "v": pack_panels(v, config["thin"]["nr"] * site.cpu.lanes),
+            "u": pack_panels(u, config["wide"]["nr"] * site.cpu.lanes),
         }
 
     def prim_func(self, structure: Structure, site: Site, config: Config) -> Any:
@@ -51,6 +51,6 @@ class LowRankKernel(Kernel):
             writer = RowWriter(e, site.epilogue, rows, out)
             thin = scratch((rows, rank))
             stage = RowWriter.onto(e, thin, rank)
-            gemm(e, x, v, stage, rows, inner, {**config, "mr": config["thin"][0], "nr": config["thin"][1]})
-            gemm(e, thin, u, writer, rows, rank, {**config, "mr": config["wide"][0], "nr": config["wide"][1]})
+            gemm(e, x, v, stage, rows, inner, {**config["thin"], "threads": config["threads"]})
+            gemm(e, thin, u, writer, rows, rank, {**config["wide"], "threads": config["threads"]})
         return made.func
