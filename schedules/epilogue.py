@@ -2,31 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from tvm.tirx.script.builder import ir as I
 
 from tvm_structured.schedules.base import Epilogue, Extent
 from tvm_structured.schedules.emit import Emitter, arg
-
-# erf(x) = x P(x^2) / Q(x^2) on [-4, 4]: the usual minimax coefficients for float32, highest power first
-ERF_P = (
-    -2.72614225801306e-10,
-    2.77068142495902e-08,
-    -2.10102402082508e-06,
-    -5.69250639462346e-05,
-    -7.34990630326855e-04,
-    -2.95459980854025e-03,
-    -1.60960333262415e-02,
-)
-ERF_Q = (
-    -1.45660718464996e-05,
-    -2.13374055278905e-04,
-    -1.68282697438203e-03,
-    -7.37332916720468e-03,
-    -1.42647390514189e-02,
-)
+from tvm_structured.schedules.vector_math import ERF_LIMIT, ERF_P, ERF_Q, horner
 
 
 class RowWriter:
@@ -69,29 +51,9 @@ class RowWriter:
         else:
             e.store(self.y, value, row, feature)
 
-    def store_scalar(self, value: Any, row: Any, feature: Any) -> None:
-        """The same for one feature; for ragged edges."""
-        if self.scale is not None:
-            value = value * self.scale[feature]
-        if self.bias is not None:
-            value = value + self.bias[feature]
-        if self.residual is not None:
-            value = value + self.residual[row, feature]
-        I.buffer_store(self.y, activate(ScalarEmitter(), self.epilogue, value), [row, feature])
 
-
-class ScalarEmitter:
-    """The part of `Emitter` that `activate` needs, with one lane."""
-
-    def splat(self, value: float) -> Any:
-        return I.float32(float(value))
-
-    def bind(self, value: Any) -> Any:
-        return I.Bind(value)
-
-
-def activate(e: Any, epilogue: Epilogue, value: Any) -> Any:
-    """The activation of a vector (or, with ScalarEmitter, of a number)."""
+def activate(e: Emitter, epilogue: Epilogue, value: Any) -> Any:
+    """The activation of a vector."""
     match epilogue.activation:
         case "none":
             return value
@@ -105,15 +67,12 @@ def activate(e: Any, epilogue: Epilogue, value: Any) -> Any:
     raise ValueError(f"unknown activation {epilogue.activation!r}; one of {Epilogue.ACTIVATIONS}")
 
 
-def erf(e: Any, value: Any) -> Any:
-    """Error function by a rational minimax approximation; absolute error below 4e-7."""
-    x = e.bind(I.min(I.max(value, e.splat(-4.0)), e.splat(4.0)))
+def erf(e: Emitter, value: Any) -> Any:
+    """Error function of a vector, by the fit of `vector_math`; rounding must not carry the quotient past +-1."""
+
+    def within(x: Any, limit: float) -> Any:
+        return I.min(I.max(x, e.splat(-limit)), e.splat(limit))
+
+    x = e.bind(within(value, ERF_LIMIT))
     square = e.bind(x * x)
-    return x * horner(e, ERF_P, square) / horner(e, ERF_Q, square)
-
-
-def horner(e: Any, coefficients: Sequence[float], x: Any) -> Any:
-    value = e.splat(coefficients[0])
-    for coefficient in coefficients[1:]:
-        value = value * x + e.splat(coefficient)
-    return value
+    return within(x * horner(ERF_P, square) / horner(ERF_Q, square), 1.0)
