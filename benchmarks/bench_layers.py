@@ -1,98 +1,155 @@
 """One dense layer in every structured form, through the public API, against PyTorch and ONNX Runtime.
 
-    python benchmarks/bench_layers.py [--quick] [--json out.json]
+    python benchmarks/bench_layers.py [--quick] [--rows PATTERN] [--batch N] [--json out.json]
 
-Each row is a torch.nn.Linear whose weight has the structure; `ts.compile` finds it and compiles it. Times are
-medians of turns in one process; the result is compared with PyTorch in the same run.
+Each row is a torch.nn.Linear whose weight has the structure; `ts.compile` compiles it with that plan. All run in
+turns in one process; a time is the fastest of several turns' medians, so that what else the machine does in between
+counts for nobody. The result is compared with PyTorch in the same run.
 """
 
 from __future__ import annotations
 
+import fnmatch
+import functools
 import json
-import platform
+import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 import torch
-from peers import onnxruntime_linear, torch_call
+from peers import Call, linear_peers
 from rich.console import Console
 from rich.table import Table
 
 import tvm_structured as ts
-from tvm_structured.metrics import interleaved_medians
+from tvm_structured.metrics import interleaved_turns
 from tvm_structured.targets import host_cpu, physical_cores
 
 MODES = {"out_modes": (16, 16, 16), "in_modes": (16, 16, 16)}
-FORMS: dict[str, tuple[str | None, dict[str, Any]]] = {
-    "dense": (None, {}),
-    **{f"block-circulant {n}": ("block_circulant", {"block": n}) for n in (8, 16, 32, 64)},
-    **{f"permuted-diagonal {p}": ("permuted_diagonal", {"block": p}) for p in (4, 8, 10, 16)},
-    **{f"tensor-train 16^3 rank {r}": ("tensor_train", {**MODES, "rank": r}) for r in (4, 8)},
-    "low rank N/8": ("low_rank", {"rank": 512}),
-}
+NATURAL = {"indexing": "natural"}
 TOLERANCE = 1e-4  # relative to the largest output
+NOISY = 0.15  # spread of a peer's turns beyond which a row is marked
+PEERS = ("torch", "torch.compile", "torch mkldnn", "ort")
+
+
+@dataclass(frozen=True)
+class Form:
+    """A layer of (out, inner) numbers in a structured form; `family` None is the plain dense layer."""
+
+    family: str | None = None
+    size: dict[str, Any] = field(default_factory=dict)
+    shape: tuple[int, int] = (4096, 4096)
+
+
+FORMS: dict[str, Form] = {
+    "dense 1024x1024": Form(shape=(1024, 1024)),
+    "dense": Form(),
+    "dense 4096x9216": Form(shape=(4096, 9216)),
+    **{f"block-circulant {n}": Form("block_circulant", {"block": n}) for n in (8, 16, 32, 64)},
+    **{f"block-circulant {n}, 4096x9216": Form("block_circulant", {"block": n}, (4096, 9216)) for n in (8, 16)},
+    **{f"permuted-diagonal {p}": Form("permuted_diagonal", {"block": p}) for p in (4, 8, 10, 16)},
+    **{f"permuted-diagonal {p}, natural": Form("permuted_diagonal", {"block": p, **NATURAL}) for p in (4, 8, 16)},
+    **{f"permuted-diagonal {p}, 4096x9216": Form("permuted_diagonal", {"block": p}, (4096, 9216)) for p in (4, 8, 16)},
+    **{f"tensor-train 16^3 rank {r}": Form("tensor_train", {**MODES, "rank": r}) for r in (4, 8, 16)},
+    "low rank N/8": Form("low_rank", {"rank": 512}),
+}
+QUICK = ("dense", "block-circulant 16", "permuted-diagonal 8")
 
 
 @click.command()
-@click.option("--size", default=4096, show_default=True, help="Inputs and outputs of the layer.")
+@click.option("--rows", "patterns", multiple=True, help="Only rows whose name matches, such as 'dense*'.")
 @click.option("--batch", "batches", multiple=True, type=int, help="Batch sizes [default: 1 16 128].")
 @click.option("--quick", is_flag=True, help="Three forms, two batches, few rounds.")
 @click.option("--json", "path", type=click.Path(path_type=Path), help="Write the rows as JSON.")
-def main(size: int, batches: tuple[int, ...], quick: bool, path: Path | None) -> None:
+def main(patterns: tuple[str, ...], batches: tuple[int, ...], quick: bool, path: Path | None) -> None:
     """Print the table."""
     torch.set_num_threads(physical_cores())
     batches = batches or ((1, 16) if quick else (1, 16, 128))
-    names = list(FORMS)[:3] if quick else list(FORMS)
-    title = f"{size} x {size}, fp32, {physical_cores()} threads, {host_cpu()}, torch {torch.__version__}"
+    names = [name for name in (QUICK if quick and not patterns else FORMS) if matches(name, patterns)]
+    if not names:
+        raise click.ClickException(f"no row matches {' '.join(patterns)}; there are {', '.join(FORMS)}")
+    title = f"fp32, {physical_cores()} threads, {host_cpu()}, torch {torch.__version__}"
     table = Table(title=title, title_justify="left")
-    for heading in ("layer", "batch", "torch us", "ORT us", "ours us", "x torch", "x ORT", "error"):
+    headings = ("layer", "batch", *(f"{peer} us" for peer in PEERS), "ours us", "x torch", "x best", "GF/s", "noise")
+    for heading in headings:
         table.add_column(heading, justify="left" if heading == "layer" else "right")
     rows = []
-    for name in names:
-        for batch in batches:
-            row = measure(name, size, batch, rounds=3 if quick else 7)
-            rows.append(row)
-            table.add_row(*cells(row))
-    Console(width=120).print(table)
+    for batch in batches:
+        for name in names:
+            form = FORMS[name]
+            rows.append(measure(name, form, batch, rounds=3 if quick else 6))
+            table.add_row(*cells(rows[-1]))
+    Console(width=160).print(table)
     if path is not None:
-        path.write_text(json.dumps({"title": title, "machine": platform.processor(), "rows": rows}, indent=2) + "\n")
+        path.write_text(json.dumps({"title": title, "rows": rows}, indent=2) + "\n")
 
 
-def measure(name: str, size: int, batch: int, rounds: int) -> dict[str, Any]:
-    """One row: seconds of all three, and our largest error relative to the largest output."""
-    family, options = FORMS[name]
-    rng = np.random.default_rng(0)
-    weight = (rng.standard_normal((size, size)) / np.sqrt(size)).astype(np.float32)
-    layer = ts.Dense("weight", weight)
-    choice = None if family is None else ts.STRUCTURES[family].from_dense(layer, **options)
-    if choice is not None:
-        weight = choice.dense().astype(np.float32)
-    module = torch.nn.Linear(size, size, bias=False).eval()
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    return not patterns or any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+
+
+def measure(name: str, form: Form, batch: int, rounds: int) -> dict[str, Any]:
+    """One row: seconds of all, our largest error relative to the largest output, and how noisy the machine was."""
+    choice, weight = member_of(form)
+    x = np.random.default_rng(1).standard_normal((batch, form.shape[1])).astype(np.float32)
+    module = torch.nn.Linear(form.shape[1], form.shape[0], bias=False).eval()
     module.weight.data = torch.from_numpy(weight)
-    x = rng.standard_normal((batch, size)).astype(np.float32)
     plan = ts.Plan({} if choice is None else {"weight": choice})
     compiled = ts.compile(module, inputs=(torch.from_numpy(x),), target="host", plan=plan)
-    expected = torch_call(module, x)().numpy()
+    expected = x.astype(np.float64) @ weight.T.astype(np.float64)
     error = float(np.abs(compiled(x) - expected).max() / np.abs(expected).max())
     if not error < TOLERANCE:
         raise click.ClickException(f"{name}, batch {batch}: relative error {error:.1e}")
-    seconds = interleaved_medians(
-        {
-            "torch": torch_call(module, x),
-            "ort": onnxruntime_linear(weight, x, physical_cores()),
-            "ours": lambda: compiled(x),
-        },
-        rounds,
-    )
-    return {"layer": name, "batch": batch, **seconds, "error": error}
+    load = os.getloadavg()[0]
+    turns = interleaved_turns({**peers_of(form.shape, batch), "ours": lambda: compiled(x)}, rounds)
+    seconds = {who: min(times) for who, times in turns.items()}
+    flops = 2 * batch * weight.size if choice is None else choice.flops(batch)
+    return {
+        "layer": name,
+        "shape": form.shape,
+        "batch": batch,
+        **seconds,
+        "medians": {who: statistics.median(times) for who, times in turns.items()},
+        "spread": {who: statistics.median(times) / min(times) - 1 for who, times in turns.items()},
+        "load": load,
+        "error": error,
+        "gflops": flops / seconds["ours"] / 1e9,
+        "weight_bytes": 4 * weight.size if choice is None else choice.num_bytes,
+    }
+
+
+def member_of(form: Form) -> tuple[Any, np.ndarray]:
+    """(structure, its dense weight); None for the plain layer."""
+    weight = (np.random.default_rng(0).standard_normal(form.shape) / np.sqrt(form.shape[1])).astype(np.float32)
+    if form.family is None:
+        return None, weight
+    choice = ts.STRUCTURES[form.family].from_dense(ts.Dense("weight", weight), **form.size)
+    return choice, np.ascontiguousarray(choice.dense(), dtype=np.float32)
+
+
+@functools.cache
+def peers_of(shape: tuple[int, int], batch: int) -> dict[str, Call]:
+    """The peers multiply by all numbers whatever they are: one of each serves all forms of a shape."""
+    rng = np.random.default_rng(2)
+    weight = (rng.standard_normal(shape) / np.sqrt(shape[1])).astype(np.float32)
+    return linear_peers(weight, rng.standard_normal((batch, shape[1])).astype(np.float32), physical_cores())
+
+
+def is_noisy(row: dict[str, Any]) -> bool:
+    """Whether the turns of ours or of one of the peers differ by more than NOISY."""
+    return max(row["spread"].values()) > NOISY
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    times = [f"{row[key] * 1e6:,.0f}" for key in ("torch", "ort", "ours")]
-    ratios = [f"{row[key] / row['ours']:.1f}" for key in ("torch", "ort")]
-    return [row["layer"], str(row["batch"]), *times, *ratios, f"{row['error']:.0e}"]
+    times = [f"{row[key] * 1e6:,.0f}" for key in (*PEERS, "ours")]
+    best = min(row[peer] for peer in PEERS)
+    ratios = [f"{row['torch'] / row['ours']:.1f}", f"{best / row['ours']:.1f}", f"{row['gflops']:.0f}"]
+    return [row["layer"], str(row["batch"]), *times, *ratios, "noisy" if is_noisy(row) else ""]
 
 
 if __name__ == "__main__":

@@ -10,8 +10,21 @@ import onnx
 import onnxruntime
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from torch.utils import mkldnn
 
 Call = Callable[[], Any]
+
+
+def linear_peers(weight: np.ndarray, x: np.ndarray, threads: int) -> dict[str, Call]:
+    """Calls of a linear layer without bias, by the name of the peer."""
+    module = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False).eval()
+    module.weight.data = torch.from_numpy(weight)
+    return {
+        "torch": torch_call(module, x),
+        "torch.compile": compiled_torch_call(module, x),
+        "torch mkldnn": mkldnn_call(module, x),
+        "ort": onnxruntime_linear(weight, x, threads),
+    }
 
 
 def torch_call(module: torch.nn.Module, x: np.ndarray) -> Call:
@@ -21,6 +34,34 @@ def torch_call(module: torch.nn.Module, x: np.ndarray) -> Call:
     def call() -> Any:
         with torch.inference_mode():
             return module(tensor)
+
+    return call
+
+
+def compiled_torch_call(module: torch.nn.Module, x: np.ndarray) -> Call:
+    """torch.compile with frozen weights, which it then packs."""
+    tensor = torch.from_numpy(x)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, dynamic=False)
+    with torch.no_grad(), torch._inductor.config.patch(freezing=True):
+        compiled(tensor)
+
+    def call() -> Any:
+        with torch.no_grad():
+            return compiled(tensor)
+
+    return call
+
+
+def mkldnn_call(module: torch.nn.Module, x: np.ndarray) -> Call:
+    """oneDNN with a weight in its own layout; x and y are ordinary tensors."""
+    tensor = torch.from_numpy(x)
+    with torch.no_grad():
+        packed = mkldnn.to_mkldnn(module)
+
+    def call() -> Any:
+        with torch.no_grad():
+            return packed(tensor.to_mkldnn()).to_dense()
 
     return call
 

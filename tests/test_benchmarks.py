@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 
 BENCHMARKS = sorted((Path(__file__).parent.parent / "benchmarks").glob("bench_*.py"))
@@ -30,10 +31,27 @@ def test_a_benchmark_has_a_command(path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_layer_benchmark_measures_and_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = load(next(path for path in BENCHMARKS if path.stem == "bench_layers"), monkeypatch)
-    row = bench.measure("block-circulant 8", 64, 2, rounds=1)
-    assert min(row["torch"], row["ort"], row["ours"]) > 0
+    form = bench.Form("block_circulant", {"block": 8}, (64, 64))
+    row = bench.measure("block-circulant 8", form, 2, rounds=1)
+    assert min(row[name] for name in (*bench.PEERS, "ours")) > 0
     assert row["error"] < bench.TOLERANCE
-    assert len(bench.cells(row)) == 8
+    assert len(bench.cells(row)) == 11
+    assert not bench.is_noisy({"spread": {"torch": 0.1, "ours": 0.0}}) and bench.is_noisy({"spread": {"ort": 0.2}})
+
+
+def test_rows_of_the_layer_benchmark_are_chosen_by_pattern(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = load(next(path for path in BENCHMARKS if path.stem == "bench_layers"), monkeypatch)
+    assert bench.matches("dense 1024x1024", ["dense*"]) and not bench.matches("low rank N/8", ["dense*"])
+    assert set(bench.QUICK) <= set(bench.FORMS)
+
+
+def test_peers_compute_the_same_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = load(next(path for path in BENCHMARKS if path.stem == "bench_layers"), monkeypatch)
+    rng = np.random.default_rng(0)
+    weight, x = rng.standard_normal((24, 40)).astype(np.float32), rng.standard_normal((3, 40)).astype(np.float32)
+    peers = bench.linear_peers(weight, x, 2)
+    for name in ("torch", "torch.compile", "torch mkldnn"):
+        np.testing.assert_allclose(peers[name]().numpy(), x @ weight.T, rtol=1e-4, atol=1e-4)
 
 
 def test_the_convolution_benchmark_measures_and_checks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,10 +10,16 @@ from typing import Any
 SLOT = 0.02  # seconds of calls to a turn
 PAUSE = 0.01  # seconds; between turns as many of them as it takes until all threads rest
 LONGEST_PAUSE = 1.0
+WARM = 0.02  # seconds of calls before: a thread pool that sleeps takes milliseconds to spread over the cores
 
 
 def interleaved_medians(calls: Mapping[str, Callable[[], Any]], rounds: int = 7) -> dict[str, float]:
     """Seconds for one call of each, the median over rounds of the median within a turn."""
+    return {name: statistics.median(turns) for name, turns in interleaved_turns(calls, rounds).items()}
+
+
+def interleaved_turns(calls: Mapping[str, Callable[[], Any]], rounds: int = 7) -> dict[str, list[float]]:
+    """Seconds for one call of each, the median within a turn, for every round."""
     counts = {}
     for name, call in calls.items():
         call()
@@ -24,8 +30,11 @@ def interleaved_medians(calls: Mapping[str, Callable[[], Any]], rounds: int = 7)
     for _ in range(rounds):
         for name, call in calls.items():
             settle()
+            end = time.perf_counter() + WARM
+            while time.perf_counter() < end:
+                call()
             turns[name].append(median_of(call, counts[name]))
-    return {name: statistics.median(values) for name, values in turns.items()}
+    return turns
 
 
 def settle() -> None:
