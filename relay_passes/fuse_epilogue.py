@@ -94,6 +94,10 @@ class _Fuser(PyExprMutator):
         if op_name(new) in VIEWS:
             simpler = self.without_reshapes(new) if op_name(new) != "relax.permute_dims" else self.without_permutes(new)
             return new if simpler is None else simpler
+        layer = LayerCall.of(new)
+        if layer is not None:
+            permuted = self.permuted_after(layer)
+            return new if permuted is None else permuted
         meaning = self.meaning(new)
         absorb = ABSORB.get(op_name(meaning))
         absorbed = absorb(self, meaning) if absorb is not None and is_float32(call) else None
@@ -119,7 +123,8 @@ class _Fuser(PyExprMutator):
     # -- views ---------------------------------------------------------------------------------------
 
     def without_reshapes(self, view: Any) -> Any | None:
-        """reshape(dense(reshape(x)))  -->  dense(x)   where only leading dimensions were merged and split again."""
+        """reshape(dense(reshape(x)))  -->  dense(x)   where only leading dimensions were merged and split again,
+        dense(reshape(x)) where the first reshape did more than that."""
         site = self.site(view.args[0])
         if site is None or site.views or site.layer.conv is not None or site.layer.epilogue.residual:
             return None
@@ -128,18 +133,47 @@ class _Fuser(PyExprMutator):
             return None
         x = inner.args[0]
         before, merged, out, after = (static_shape(e) or () for e in (x, site.layer.x, site.output, view))
-        if not before or not same_shape(before[-1:], merged[-1:]) or not same_shape(after, (*before[:-1], *out[-1:])):
+        if not before or not after or not same_shape(after[-1:], out[-1:]):
             return None
         self.reads[x] += self.reads[site.layer.x] > 1  # the inner view lives on for its other readers
+        rows = (*after[:-1], *merged[-1:])
+        if not same_shape(before, rows):
+            x = self.emit(relax.op.reshape(x, relax.ShapeExpr(list(rows))))
         return replace(site.layer, x=x).to_relax()
 
     def without_permutes(self, view: Any) -> Any | None:
-        """permute_dims(permute_dims(x))  -->  x   where the second undoes the first."""
+        """permute_dims(permute_dims(x))  -->  x   where the second undoes the first;
+        permute_dims(dense(x))  -->  dense(permute_dims(x))   where x is a permutation itself, up to a reshape."""
         first = self.lookup(view.args[0])
-        if first is None or op_name(first) != "relax.permute_dims":
+        if first is None:
             return None
+        if op_name(first) != "relax.permute_dims":
+            return self.permuted_before(view)
         inner, outer = permutation(first), permutation(view)
         if tuple(inner[axis] for axis in outer) != tuple(range(len(inner))):
             return None
         self.reads[first.args[0]] += self.reads[view.args[0]] > 1
         return first.args[0]
+
+    def permuted_before(self, view: Any) -> Any | None:
+        site, axes = self.site(view.args[0]), permutation(view)
+        if site is None or site.views or site.layer.conv is not None or site.layer.epilogue.residual:
+            return None
+        source = self.lookup(site.layer.x)
+        while op_name(source) == "relax.reshape":
+            source = self.lookup(source.args[0])
+        if axes[-1] != len(axes) - 1 or op_name(source) != "relax.permute_dims":
+            return None
+        rows = self.emit(relax.op.permute_dims(site.layer.x, list(axes)))
+        return replace(site.layer, x=rows).to_relax()
+
+    def permuted_after(self, layer: LayerCall) -> Any | None:
+        """dense(permute_dims(x))  -->  permute_dims(dense(x))   where the rows change places: another permutation, or
+        an attention, may follow and undo it."""
+        source = self.lookup(layer.x)
+        if layer.conv is not None or layer.epilogue.residual or op_name(source) != "relax.permute_dims":
+            return None
+        axes = permutation(source)
+        if axes[-1] != len(axes) - 1 or self.reads[layer.x] != 1:
+            return None
+        return relax.op.permute_dims(self.emit(replace(layer, x=source.args[0]).to_relax()), list(axes))

@@ -12,6 +12,7 @@ from tvm.ir.transform import Sequential
 from tvm_structured.relay_passes.apply_schedules import ApplySchedules
 from tvm_structured.relay_passes.block_layouts import BlockLayouts
 from tvm_structured.relay_passes.canonicalize_layers import CanonicalizeLayers
+from tvm_structured.relay_passes.fuse_attention import FuseAttention
 from tvm_structured.relay_passes.fuse_epilogue import FuseEpilogue
 from tvm_structured.relay_passes.rewrite_layers import RewriteLayers
 from tvm_structured.schedules.cpu import Cpu
@@ -39,6 +40,7 @@ def structured_pipeline(choices: Mapping[str, Any], target: Any, database: Any =
         [
             # Phase 1: layers become structured operators
             RewriteLayers(choices),
+            FuseAttention(),
             # Phase 2: operators become TensorIR; what is not ours fuses as usual
             relax.transform.DecomposeOpsForInference(),
             relax.transform.LegalizeOps(),
