@@ -65,21 +65,22 @@ class AttentionMatcher:
 
     # -- the pattern -----------------------------------------------------------------------------------
 
-    def behind(self, expr: Any, reads: int = 1) -> Any:
-        """What is behind other names and behind reshapes that keep the last two dimensions; read once each, the
-        first `reads` times."""
-        while True:
-            is_shared = isinstance(expr, relax.Var) and self.uses[expr] > reads
-            reads = 1
-            call = self.weights.lookup(expr)
-            if is_shared or op_name(call) not in KEEPS_MATRICES:
-                return call
-            inside, outside = static_shape(call.args[0]), static_shape(call)
+    def behind(self, expr: Any, reads: int = 1) -> Any | None:
+        """What is behind other names and behind reshapes that keep the last two dimensions; None where something on
+        the way is read more than once (the first one more than `reads` times)."""
+        while isinstance(expr, relax.Var):
+            if self.uses[expr] > reads:
+                return None
+            reads, expr = 1, self.weights.bindings.get(expr)
+            if op_name(expr) not in KEEPS_MATRICES:
+                continue
+            inside, outside = static_shape(expr.args[0]), static_shape(expr)
             if inside is None or outside is None or not same_shape(inside[-2:], outside[-2:]):
-                return call
-            if op_name(call) == "relax.broadcast_to" and not same_shape(inside, outside):
-                return call
-            expr = call.args[0]
+                return expr
+            if op_name(expr) == "relax.broadcast_to" and not same_shape(inside, outside):
+                return expr
+            expr = expr.args[0]
+        return expr
 
     def probabilities(self, expr: Any) -> tuple[Any, bool] | None:
         """(softmax call, whether rows without a finite score give zeros)."""
@@ -87,7 +88,7 @@ class AttentionMatcher:
         if op_name(call) != "relax.where":
             return (call, False) if self.is_softmax(call) else None
         empty, zeros, softmax = call.args
-        softmax = self.weights.lookup(softmax)
+        softmax = self.behind(softmax, reads=2)  # the zeros are made like it
         if not self.is_softmax(softmax) or not self.is_zero(zeros) or not self.is_empty_row(empty, softmax.args[0]):
             return None
         return softmax, True
@@ -136,7 +137,7 @@ class AttentionMatcher:
 
     def placed(self, var: Any, v: Any, scores: Scores, shape: Shape, is_safe: bool) -> Match | None:
         *lead, queries, keys = shape
-        batch, heads = (product(lead[:-1]), lead[-1]) if len(lead) > 1 else (lead[0], 1)
+        batch, heads = self.batch_and_heads(lead, scores.product.args[0])
         depth, width = static_shape(scores.product.args[0])[-1], static_shape(v)[-1]  # type: ignore[index]
         if not all(isinstance(size, int) for size in (heads, depth, width)):
             return None
@@ -164,6 +165,14 @@ class AttentionMatcher:
             batch, heads, queries, keys, depth, width, scale, *places[:3], places[3] if bias else None, is_safe
         )
         return Match(var, attention, tuple(view.source for view in views)) if can_bind(attention) else None
+
+    def batch_and_heads(self, lead: Any, q: Any) -> tuple[Any, Any]:
+        """The leading dimensions as two. One that was merged of two shows that in how the queries lie."""
+        if len(lead) > 1:
+            return product(lead[:-1]), lead[-1]
+        traced = view_of(q, self.weights)
+        digits = traced.axes[0] if traced is not None and len(traced.axes) == 3 else ()
+        return (digits[0][0], digits[1][0]) if len(digits) == 2 else (lead[0], 1)
 
     def view(
         self, expr: Any, shape: Shape, wanted: Shape, is_fit: Callable[[View], bool] = lambda view: True

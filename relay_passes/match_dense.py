@@ -37,7 +37,7 @@ def match_dense(ctx: Any, call: Any, result: Any) -> Any | None:
     operands = operands_of(call)
     if operands is None or not is_float32(result, *operands):
         return None
-    folded = [ctx.weights.fold(operand) for operand in operands]
+    folded = [ctx.weights.fold(unrepeated(ctx, operand)) for operand in operands]
     if sum(weight is not None for weight in folded) != 1:
         return None
     side = 0 if folded[0] is not None else 1
@@ -56,6 +56,16 @@ def operands_of(call: Any) -> list[Any] | None:
     if op_name(call) == "relax.einsum" and len(call.args[0].fields) == 2:
         return list(call.args[0].fields)
     return None
+
+
+def unrepeated(ctx: Any, operand: Any) -> Any:
+    """The matrix that broadcast_to repeats along a batch: a symbolic one has no value at compile time."""
+    source = ctx.source(operand)
+    if op_name(source) != "relax.broadcast_to":
+        return operand
+    inside, outside = static_shape(source.args[0]), static_shape(source)
+    is_matrix = inside is not None and outside is not None and len(inside) == 2 and same_shape(inside, outside[-2:])
+    return source.args[0] if is_matrix else operand
 
 
 def weight_on_the_right(ctx: Any, x: Any, weight: Weight, result: Any) -> Any | None:

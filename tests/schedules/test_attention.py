@@ -54,7 +54,10 @@ def cross_attention(batch: int, heads: int, queries: int, keys: int, depth: int,
 
 def placed(array: np.ndarray, operand: Strided, shape: tuple[int, ...]) -> np.ndarray:
     """An operand's elements (batch, head, token, feature), in float64."""
-    index = sum(np.arange(n).reshape(-1, *(1,) * (3 - i)) * s for i, (n, s) in enumerate(zip(shape, operand.strides)))
+    index = sum(
+        np.arange(n).reshape(-1, *(1,) * (3 - i)) * s
+        for i, (n, s) in enumerate(zip(shape, operand.strides, strict=True))
+    )
     return array.reshape(-1)[np.broadcast_to(operand.offset + index, shape)].astype(np.float64)
 
 
@@ -118,7 +121,9 @@ def test_every_class_of_machine_computes_the_same(machine: str, tokens: int) -> 
     assert_right(self_attention(2, 3, tokens, 20), machine=machine)
 
 
-@pytest.mark.parametrize("strides", [(0, 0, 0, 1), (0, 0, 21, 1), (0, 21 * 21, 21, 1), (1323, 441, 21, 1), (63, 21, 0, 1)])
+@pytest.mark.parametrize(
+    "strides", [(0, 0, 0, 1), (0, 0, 21, 1), (0, 21 * 21, 21, 1), (1323, 441, 21, 1), (63, 21, 0, 1)]
+)
 def test_a_bias_may_be_shared_along_any_axis(strides: tuple[int, ...]) -> None:
     size = 1 + sum((n - 1) * s for n, s in zip((2, 3, 21, 21), strides, strict=True))
     assert_right(self_attention(2, 3, 21, 16, bias=Strided((size,), strides)))
