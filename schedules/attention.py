@@ -31,6 +31,7 @@ from tvm_structured.schedules.emit import (
     when,
 )
 from tvm_structured.schedules.exponential import exp_below_zero
+from tvm_structured.schedules.shuffles import deinterleave
 
 FLOPS_WORTH_A_THREAD = 400_000
 LOWEST = -3.4028234663852886e38  # the most negative finite float32
@@ -139,13 +140,34 @@ class _Emission:
 
     def transpose_queries(self, queries: Any, b: Any, h: Any, first: Any) -> None:
         """queries[d, i] = scale * q[first + i, d]; the last query stands in for those past the end."""
-        a = self.a
+        a, e = self.a, self.e
         start = self.start(a.q, b, h)
-        with serial(0, self.block) as i:
-            row = held(start + tirx.min(first + i, a.queries - 1) * a.q.strides[2])
-            with serial(0, a.depth) as d:
-                value = self.q[row + d * a.q.strides[3]]
-                I.buffer_store(queries, value * I.float32(a.scale) if a.scale != 1.0 else value, [d, i])
+
+        def row(i: Any) -> Any:
+            return start + tirx.min(first + i, a.queries - 1) * a.q.strides[2]
+
+        if not (isinstance(a.q.strides[3], int) and a.q.strides[3] == 1):
+            with serial(0, self.block) as i:
+                begin = held(row(i))
+                with serial(0, a.depth) as d:
+                    value = self.q[begin + d * a.q.strides[3]]
+                    I.buffer_store(queries, value * I.float32(a.scale), [d, i])
+            return
+        for group in range(0, self.block, e.lanes):
+            begins = [held(row(group + i)) for i in range(e.lanes)]
+            with serial(0, a.depth // e.lanes) as part:
+                tile = [e.bind(e.load(self.q, begin + part * e.lanes)) for begin in begins]
+                self.store_columns(queries, tile, part * e.lanes, group, e.lanes)
+            rest = a.depth % e.lanes
+            if rest:
+                mask = e.bind_mask(a.depth - rest, a.depth)
+                tile = [e.bind(e.load_masked(self.q, mask, begin + a.depth - rest)) for begin in begins]
+                self.store_columns(queries, tile, a.depth - rest, group, rest)
+
+    def store_columns(self, queries: Any, tile: list[Any], d: Any, group: int, count: int) -> None:
+        """The first `count` columns of a square tile, whose rows are given."""
+        for c, column in enumerate(deinterleave(self.e, tile)[:count]):
+            self.e.store(queries, column * self.e.splat(self.a.scale), d + c, group)
 
     def scores_of(self, queries: Any, scores: Any, b: Any, h: Any, first: Any) -> list[Any]:
         """scores[j, i] = q_i . k_j + bias; the largest score of each query."""
