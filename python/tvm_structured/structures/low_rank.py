@@ -136,21 +136,29 @@ def affordable_rank(layer: Layer, budget: Budget) -> int:
 def smallest_within(matrix: Array, limit: int, tol: float) -> tuple[Triplets, int] | None:
     """The smallest rank up to `limit` within relative Frobenius error `tol`, with triplets that reach it, or None.
 
-    Widths are tried from small to large, since most structured weights have small ranks and most others none.
+    Widths are tried from small to large, since most structured weights have small ranks; those that a bound excludes
+    are not factorised.
     """
     work = np.float64 if tol < FLOAT32_FLOOR or matrix.dtype == np.float64 else np.float32
     matrix = matrix.astype(work, copy=False)
     is_small = min(matrix.shape) <= DIRECT
     steps = 1 if tol <= 1e-3 else POWER_STEPS  # what an exact member leaves out is too little to disturb the range
-    width = min(matrix.shape) if is_small else min(64, limit)
-    while True:
-        triplets = svd(matrix) if is_small else leading_svd(matrix, width, steps)
+    if is_small:
+        if exceeds_rank(matrix, limit, tol):  # a tenth of the time of the SVD
+            return None
+        triplets = svd(matrix)
+        rank = rank_of_triplets(matrix, triplets, tol)
+        return (triplets, rank) if rank is not None and rank <= limit else None
+    width = min(16, limit)
+    while width < limit:
+        width = min(4 * width, limit)
+        if exceeds_rank(matrix, width, tol):
+            continue
+        triplets = leading_svd(matrix, width, steps)
         rank = rank_of_triplets(matrix, triplets, tol)
         if rank is not None:
             return (triplets, rank) if rank <= limit else None
-        if width >= limit or (width == 64 and exceeds_rank(matrix, limit, tol)):
-            return None
-        width = min(4 * width, limit)
+    return None
 
 
 def rank_of_triplets(matrix: Array, triplets: Triplets, tol: float) -> int | None:

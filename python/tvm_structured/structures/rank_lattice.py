@@ -42,36 +42,68 @@ class RankLattice:
     known: Array = field(init=False)
     entries: tuple[Array, Array] = field(init=False)  # out and in indices of entries that samples must contain
     mean_square: float = field(init=False)
+    flat: Array = field(init=False)
 
     def __post_init__(self) -> None:
         out, inner = (int(extent) for extent in self.matrix.shape)
         self.points = [(a, b) for a in divisors(out) for b in divisors(inner)]
         self.points.sort(key=lambda p: (p[0] * p[1], p))
         self.entries, total = likely_entries(self.matrix, 2 * LARGE_SAMPLE)
+        self.flat = np.ascontiguousarray(self.matrix).reshape(-1)
         self.mean_square = total / self.matrix.size
         self.ranks = np.ones(len(self.points), np.int64)
         self.known = np.ones(len(self.points), bool)
         for index in range(1, len(self.points) - 1):
-            self._sample(index, FIRST_SAMPLE)
+            if self._exceeds_samples(index):
+                self.ranks[index] = self.full_rank(index)
+            else:
+                self._sample(index, FIRST_SAMPLE)
 
-    def _sample(self, index: int, side: int) -> None:
-        """Rank of the unfolding at a point, from at most side x side of its entries. Where these have nearly
-        full rank and are not the whole unfolding, it is only a lower bound."""
+    @property
+    def largest_sample(self) -> int:
+        return LARGE_SAMPLE if len(self.points) <= MANY_POINTS else LARGE_SAMPLE // 2
+
+    def _exceeds_samples(self, index: int) -> bool:
+        """Whether a point's rank is certainly full, or higher than any that samples are trusted to show: the fate of
+        every point of a weight without structure, told by one Cholesky factorisation in float32.
+
+        A block with a quarter more rows than columns: the smallest singular value of what is random stays far above
+        float32's rounding, which that of a square block would not.
+        """
+        side, full = self.largest_sample, self.full_rank(index)
+        columns = full if full <= side else int(CREDIBLE * side) + 1
+        rows = columns + max(8, columns // 4)
+        size = math.prod(self.points[index])
+        shape = (columns, rows) if size <= self.matrix.size // size else (rows, columns)
+        block = self._block(index, shape).astype(np.float32, copy=False)
+        if shape[0] > shape[1]:
+            block = block.T
+        norm = float(np.square(block, dtype=np.float64).sum())
+        allowed = (0.5 * self.tol) ** 2 * max(self.mean_square * block.size, norm)
+        # what rounding can do to the sums of products and to the factorisation, which is relative to the trace
+        rounding = (rows + columns + 2) * 0.5 * float(np.finfo(np.float32).eps) * norm
+        return is_above(block @ block.T, allowed + rounding)
+
+    def _block(self, index: int, shape: tuple[int, int]) -> Array:
+        """At most so many rows and columns of the unfolding at a point."""
         (a, b), (out, inner) = self.points[index], self.matrix.shape
         high, low = (a, b), (out // a, inner // b)
         rng = np.random.default_rng(index)
         i, j = self.entries
-        rows = some_of(i // low[0] * high[1] + j // low[1], high[0] * high[1], side, rng)
-        columns = some_of(i % low[0] * low[1] + j % low[1], low[0] * low[1], side, rng)
-        sample = self.matrix[
-            (rows // high[1] * low[0])[:, None] + columns // low[1],
-            (rows % high[1] * low[1])[:, None] + columns % low[1],
-        ].astype(np.float64)
+        rows = some_of(i // low[0] * high[1] + j // low[1], high[0] * high[1], shape[0], rng)
+        columns = some_of(i % low[0] * low[1] + j % low[1], low[0] * low[1], shape[1], rng)
+        first = (rows // high[1] * low[0]) * inner + rows % high[1] * low[1]
+        return np.take(self.flat, first[:, None] + (columns // low[1] * inner + columns % low[1]))
+
+    def _sample(self, index: int, side: int) -> None:
+        """Rank of the unfolding at a point, from at most side x side of its entries. Where these have nearly
+        full rank and are not the whole unfolding, it is only a lower bound."""
+        sample = self._block(index, (side, side)).astype(np.float64)
         # half of the tolerance, relative to the weight or the sample; the verification of the train decides
         scale = max(self.mean_square * sample.size, float(np.square(sample).sum()))
         rank = rank_leaving(sample, (0.5 * self.tol) ** 2 * scale)
         self.ranks[index] = max(rank, self.ranks[index])
-        self.known[index] = min(a * b, low[0] * low[1]) <= side or rank <= CREDIBLE * side
+        self.known[index] = self.full_rank(index) <= side or rank <= CREDIBLE * side
 
     def full_rank(self, index: int) -> int:
         size = math.prod(self.points[index])
@@ -81,7 +113,7 @@ class RankLattice:
         """A larger sample wherever the first was too small; ranks beyond that one as well count as full."""
         unknown = np.flatnonzero(~self.known)
         for index in unknown:
-            self._sample(int(index), LARGE_SAMPLE if len(unknown) <= MANY_POINTS else LARGE_SAMPLE // 2)
+            self._sample(int(index), self.largest_sample)
             if not self.known[index]:
                 self.ranks[index], self.known[index] = self.full_rank(int(index)), True
 
@@ -170,7 +202,7 @@ def rank_leaving(sample: Array, allowed: float) -> int:
 def is_above(gram: Array, bound: float) -> bool:
     """Whether all eigenvalues are greater: a Cholesky factorisation, ten times faster than the eigenvalues."""
     try:
-        np.linalg.cholesky(gram - bound * np.eye(len(gram)))
+        np.linalg.cholesky(gram - gram.dtype.type(bound) * np.eye(len(gram), dtype=gram.dtype))
     except np.linalg.LinAlgError:
         return False
     return True

@@ -111,7 +111,7 @@ def left_factor(matrix: Array) -> tuple[Array, Array]:
 
 def energy(array: Array) -> float:
     """The squared Frobenius norm, summed in float64 without a float64 copy."""
-    flat = array.reshape(-1)
+    flat = (array.T if array.flags.f_contiguous else array).reshape(-1)
     return sum(float(np.square(flat[i : i + (1 << 20)], dtype=np.float64).sum()) for i in range(0, flat.size, 1 << 20))
 
 
