@@ -74,9 +74,20 @@ def absorb_multiply(fuser: Any, call: Any) -> Any | None:
     scaled = absorb_affine(lambda c: (c, None), lambda c: (c, None))(fuser, call)
     if scaled is not None:
         return scaled
-    argument = gelu_argument(fuser, call)
-    site = fuser.site(argument, reads=2) if argument is not None else None
-    return fuser.rebuild(site, with_activation(site.layer, "gelu")) if site is not None else None
+    for argument, activation in ((gelu_argument(fuser, call), "gelu"), (silu_argument(fuser, call), "silu")):
+        site = fuser.site(argument, reads=2) if argument is not None else None
+        if site is not None:
+            return fuser.rebuild(site, with_activation(site.layer, activation))
+    return None
+
+
+def silu_argument(fuser: Any, product: Any) -> Any | None:
+    """h of h * sigmoid(h), None for any other product."""
+    for h, other in (product.args, list(reversed(product.args))):
+        gate = fuser.lookup(other) if fuser.reads[other] == 1 else None
+        if op_name(gate) == "relax.sigmoid" and gate.args[0].same_as(h):
+            return h
+    return None
 
 
 def absorb_negative(fuser: Any, call: Any) -> Any | None:
@@ -84,9 +95,12 @@ def absorb_negative(fuser: Any, call: Any) -> Any | None:
     return fuser.rebuild(site, with_affine(site.layer, -1.0, None)) if site is not None else None
 
 
-def absorb_gelu(fuser: Any, call: Any) -> Any | None:
-    site = fuser.site(call.args[0])
-    return fuser.rebuild(site, with_activation(site.layer, "gelu")) if site is not None else None
+def absorb_activation(activation: str) -> Any:
+    def fuse(fuser: Any, call: Any) -> Any | None:
+        site = fuser.site(call.args[0])
+        return fuser.rebuild(site, with_activation(site.layer, activation)) if site is not None else None
+
+    return fuse
 
 
 def absorb_bounds(fuser: Any, call: Any) -> Any | None:
@@ -139,7 +153,9 @@ ABSORB: dict[str, Callable[[Any, Any], Any]] = {
     "relax.multiply": absorb_multiply,
     "relax.divide": absorb_affine(lambda c: (np.reciprocal(c), None), None),
     "relax.negative": absorb_negative,
-    "relax.nn.gelu": absorb_gelu,
+    "relax.nn.gelu": absorb_activation("gelu"),
+    "relax.nn.gelu_tanh": absorb_activation("gelu_tanh"),
+    "relax.nn.silu": absorb_activation("silu"),
     "relax.nn.relu": absorb_bounds,
     "relax.nn.relu6": absorb_bounds,
     "relax.clip": absorb_bounds,

@@ -4,7 +4,7 @@
     add, subtract constants per feature          -->  bias
     batch_norm(training=False)                   -->  scale and bias; the weight keeps its structure
     add of a tensor of the output's shape        -->  residual
-    relu, clip, maximum/minimum, gelu            -->  activation, which ends the layer
+    relu, clip, maximum/minimum, gelu, silu      -->  activation, which ends the layer
 
 Reshapes and permutations between the layer and what follows are passed through. Those around a dense layer that only
 merge leading dimensions disappear, as do pairs of permutations that undo each other.

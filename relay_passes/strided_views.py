@@ -180,12 +180,19 @@ def multiplied(call: Any, shape: Shape, weights: Any) -> View | None:
 
 def taken(call: Any, weights: Any) -> View | None:
     """take with one constant index."""
-    index, base = weights.array(call.args[1]), view_of(call.args[0], weights)
+    index, base = weights.array(settled(call.args[1], weights)), view_of(call.args[0], weights)
     if index is None or base is None or index.ndim or call.attrs.axis is None:
         return None
     axis = int(call.attrs.axis) % len(base.axes)
     extent, at = base.shape[axis], int(index)
     return base.selected(axis, at % extent) if isinstance(extent, int) and -extent <= at < extent else None
+
+
+def settled(expr: Any, weights: Any) -> Any:
+    """The branch of a `where` whose condition is known: ONNX exporters guard indices with one, as they may be negative."""
+    call = weights.lookup(expr)
+    condition = weights.array(call.args[0]) if op_name(call) == "relax.where" else None
+    return expr if condition is None or condition.size != 1 else call.args[1 if condition.all() else 2]
 
 
 def split_part(item: Any, weights: Any) -> View | None:

@@ -30,7 +30,7 @@ class Epilogue:
     low: float = 0.0  # bounds of "clip"
     high: float = 0.0
 
-    ACTIVATIONS: ClassVar[tuple[str, ...]] = ("none", "relu", "clip", "gelu")
+    ACTIVATIONS: ClassVar[tuple[str, ...]] = ("none", "relu", "clip", "gelu", "gelu_tanh", "silu")
 
     @property
     def operands(self) -> tuple[str, ...]:

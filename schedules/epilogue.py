@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+from tvm import tirx
 from tvm.tirx.script.builder import ir as I
 
 from tvm_structured.schedules.base import Epilogue, Extent
 from tvm_structured.schedules.emit import Emitter, arg
+from tvm_structured.schedules.exponential import exp_below_zero
 from tvm_structured.schedules.vector_math import ERF_LIMIT, ERF_P, ERF_Q, horner
 
 
@@ -64,7 +67,21 @@ def activate(e: Emitter, epilogue: Epilogue, value: Any) -> Any:
         case "gelu":
             value = e.bind(value)
             return value * e.splat(0.5) * (e.splat(1.0) + erf(e, value * e.splat(2**-0.5)))
+        case "gelu_tanh":
+            value = e.bind(value)
+            inner = (value + value * value * value * e.splat(0.044715)) * e.splat(2 * (2 / math.pi) ** 0.5)
+            return value * sigmoid(e, inner)  # (1 + tanh(u)) / 2 = sigmoid(2 u)
+        case "silu":
+            value = e.bind(value)
+            return value * sigmoid(e, value)
     raise ValueError(f"unknown activation {epilogue.activation!r}; one of {Epilogue.ACTIVATIONS}")
+
+
+def sigmoid(e: Any, value: Any) -> Any:
+    """1 / (1 + exp(-x)) = t / (1 + t) with t = exp(x) for x < 0, by symmetry else 1 / (1 + t), t = exp(-x)."""
+    x = e.bind(value)
+    small = e.bind(exp_below_zero(e, I.min(x, e.splat(0.0) - x)))
+    return tirx.Select(x < e.splat(0.0), small, e.splat(1.0)) / (small + e.splat(1.0))
 
 
 def erf(e: Emitter, value: Any) -> Any:

@@ -13,11 +13,14 @@ from tvm_structured.schedules.vector_math import EXP_Q, LN2_HIGH, LN2_LOW, LOG2_
 SMALLEST = -87.3  # below it exp is no normal float32, and becomes 0
 
 
-def exp_below_zero(e: Emitter, x: Any) -> Any:
+def exp_below_zero(e: Any, x: Any) -> Any:
     """exp(x) for x <= 0 with a relative error below 4e-7; results below 1.2e-38 are 0, NaN stays NaN.
+    `e` is an Emitter; one of a single lane leaves it to libm.
 
     exp(x) = 2^n exp(r), n = round(x / ln 2), r = x - n ln 2, as in `vector_math`.
     """
+    if e.lanes == 1:
+        return tirx.exp(x)
     x = e.bind(x)
     # n of what is clamped: an integer has no NaN, while r and so the result have
     exponent = I.max(x, e.splat(SMALLEST)) * e.splat(LOG2_E) - e.splat(0.5)  # conversion truncates, upwards here

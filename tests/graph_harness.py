@@ -212,6 +212,10 @@ class _WriteOut(PyExprMutator):
                 return op.nn.relu(y)
             case "gelu":
                 return op.nn.gelu(y)
+            case "gelu_tanh":
+                return op.nn.gelu_tanh(y)
+            case "silu":
+                return op.nn.silu(y)
             case "clip":
                 return op.clip(y, layer.epilogue.low, layer.epilogue.high)
         return y

@@ -270,7 +270,7 @@ def conv_reference(structure: Structure, x: np.ndarray, conv: ConvGeometry) -> n
 
 def finish(linear: np.ndarray, epilogue: Epilogue, operands: dict[str, np.ndarray]) -> np.ndarray:
     """act(scale * linear + bias + residual)."""
-    from scipy.special import erf
+    from scipy.special import erf, expit
 
     feature = (1, -1) + (1,) * (linear.ndim - 2)
     y = linear
@@ -287,6 +287,10 @@ def finish(linear: np.ndarray, epilogue: Epilogue, operands: dict[str, np.ndarra
             return np.clip(y, epilogue.low, epilogue.high)
         case "gelu":
             return y * 0.5 * (1 + erf(y / math.sqrt(2)))
+        case "gelu_tanh":
+            return y * 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
+        case "silu":
+            return y * expit(y)
     return y
 
 

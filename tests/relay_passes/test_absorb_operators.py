@@ -68,6 +68,9 @@ STEPS: dict[str, tuple[Callable[[Any, Any], Any], Epilogue]] = {
     "clip": (lambda emit, y: OP.clip(y, 0, 6), CLIP6),
     "clip_above_zero": (lambda emit, y: OP.clip(y, 0.0, float("inf")), Epilogue(activation="relu")),
     "gelu": (lambda emit, y: OP.nn.gelu(y), Epilogue(activation="gelu")),
+    "gelu_tanh": (lambda emit, y: OP.nn.gelu_tanh(y), Epilogue(activation="gelu_tanh")),
+    "silu": (lambda emit, y: OP.nn.silu(y), Epilogue(activation="silu")),
+    "silu_spelled_out": (lambda emit, y: OP.multiply(y, emit(OP.sigmoid(y))), Epilogue(activation="silu")),
     "maximum_zero": (lambda emit, y: OP.maximum(const(0.0), y), Epilogue(activation="relu")),
     "bounds": (
         lambda emit, y: OP.minimum(emit(OP.maximum(y, const(-0.5))), const([0.25])),
@@ -148,7 +151,6 @@ REFUSALS: dict[str, tuple[Callable[..., Any], list[Any], str]] = {
     "lower_bound_alone": (lambda emit, x: OP.maximum(dense(emit, x), const(1.0)), [(3, 5)], "relax.maximum"),
     "upper_bound_alone": (lambda emit, x: OP.minimum(dense(emit, x), const(1.0)), [(3, 5)], "relax.minimum"),
     "bound_per_feature": (lambda emit, x: OP.maximum(dense(emit, x), const(B6)), [(3, 5)], "relax.maximum"),
-    "tanh_gelu": (lambda emit, x: OP.nn.gelu_tanh(dense(emit, x)), [(3, 5)], "relax.nn.gelu_tanh"),
     "clip_behind_gelu": (lambda emit, x: OP.clip(emit(OP.nn.gelu(dense(emit, x))), 0, 1), [(3, 5)], "relax.clip"),
     "divided_by": (lambda emit, x: OP.divide(const(B6), dense(emit, x)), [(3, 5)], "relax.divide"),
     "division_by_zero": (

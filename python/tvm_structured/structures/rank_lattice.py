@@ -93,7 +93,8 @@ class RankLattice:
         rows = some_of(i // low[0] * high[1] + j // low[1], high[0] * high[1], shape[0], rng)
         columns = some_of(i % low[0] * low[1] + j % low[1], low[0] * low[1], shape[1], rng)
         first = (rows // high[1] * low[0]) * inner + rows % high[1] * low[1]
-        return np.take(self.flat, first[:, None] + (columns // low[1] * inner + columns % low[1]))
+        block: Array = np.take(self.flat, first[:, None] + (columns // low[1] * inner + columns % low[1]))
+        return block
 
     def _sample(self, index: int, side: int) -> None:
         """Rank of the unfolding at a point, from at most side x side of its entries. Where these have nearly
