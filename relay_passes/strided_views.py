@@ -189,7 +189,7 @@ def taken(call: Any, weights: Any) -> View | None:
 
 
 def settled(expr: Any, weights: Any) -> Any:
-    """The branch of a `where` whose condition is known: ONNX exporters guard indices with one, as they may be negative."""
+    """The branch of a `where` whose condition is known: exporters to ONNX guard indices with one."""
     call = weights.lookup(expr)
     condition = weights.array(call.args[0]) if op_name(call) == "relax.where" else None
     return expr if condition is None or condition.size != 1 else call.args[1 if condition.all() else 2]
