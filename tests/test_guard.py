@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +13,11 @@ from torch import nn
 import tvm_structured as ts
 from tvm_structured.compiler import canonicalize, settle_plan
 from tvm_structured.cost_store import CostStore
+from tvm_structured.detection_store import DetectionStore
 from tvm_structured.frontend import import_model
-from tvm_structured.guard import SLACK, Cost
+from tvm_structured.guard import SLACK, Cost, candidates
 from tvm_structured.planning import make_plan
-from tvm_structured.structures import Budget, Conv2d, Dense, Structure
+from tvm_structured.structures import STRUCTURES, Budget, Conv2d, Dense, Layer, Structure
 from tvm_structured.targets import resolve_target
 
 RNG = np.random.default_rng(0)
@@ -127,3 +129,25 @@ def test_the_store_survives_damaged_lines_and_folders_that_cannot_be_written(tmp
     blocked = CostStore(path / "not-a-folder" / "costs.jsonl")
     blocked.put("a", 1.0, "dense")
     assert blocked.get("a") == 1.0
+
+
+def test_a_structure_that_was_not_found_is_not_looked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked = []
+    for name, family in STRUCTURES.items():
+
+        def detect(layer: Layer, tol: float, name: str = name, real: Any = family.detect) -> Any:
+            looked.append(name)
+            return real(layer, tol)
+
+        monkeypatch.setattr(family, "detect", detect)
+    first = candidates(LOW_RANK, None, DetectionStore(tmp_path / "detections.jsonl"))
+    assert set(looked) == set(STRUCTURES)
+    looked.clear()
+    again = candidates(LOW_RANK, None, DetectionStore(tmp_path / "detections.jsonl"))
+    assert "low_rank" in looked and len(looked) < len(STRUCTURES)
+    assert [m.name for m in again.exact] == [m.name for m in first.exact]
+    looked.clear()
+    candidates(RANDOM, None, DetectionStore(tmp_path / "detections.jsonl"))
+    assert set(looked) == set(STRUCTURES), "another weight is another matter"

@@ -23,9 +23,12 @@ ALLOWED = {
     "profile": {"files", "report", "report_html", "roofline"},
     "profiling": {"inputs", "profile", "roofline"},
     "report": {"files", "report_html", "roofline"},
-    "roofline": {"cost_store", "files", "schedules", "targets"},
+    "roofline": {"line_store", "files", "schedules", "targets"},
     "costs": {"cost_store", "dialect", "guard", "relay_passes", "schedules", "structures", "targets", "timing"},
     "timing": {"schedules", "targets"},
+    "line_store": set(),
+    "cost_store": {"line_store"},
+    "detection_store": {"guard", "line_store", "structures"},
     "relay": {
         "compiler", "errors", "files", "frontend", "guard", "inputs", "module", "planning", "relay_passes", "report",
         "settings", "structures", "targets",

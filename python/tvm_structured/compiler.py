@@ -57,6 +57,7 @@ def settle_plan(mod: Any, target: Any, budget: Any = None, plan: Any = None, mea
     """The plan for a canonical module: the one given, made concrete, or a new one, guarded by costs."""
     from tvm_structured.cost_store import CostStore
     from tvm_structured.costs import Prices
+    from tvm_structured.detection_store import DetectionStore
     from tvm_structured.relay_passes.find_layers import find_calls, find_layers, find_structures
 
     layers: dict[str, Layer] = find_layers(mod)
@@ -67,7 +68,7 @@ def settle_plan(mod: Any, target: Any, budget: Any = None, plan: Any = None, mea
                 "a budget was given, but the model has no layer with a constant float32 weight to apply it to"
             )
         prices = Prices(find_calls(mod), target, CostStore(), measure)
-        return make_plan(layers, budget, prices).with_given(given)
+        return make_plan(layers, budget, prices, DetectionStore()).with_given(given)
     if budget is not None:
         raise ModelError("give a plan or a budget, not both: the plan already says what every layer becomes")
     if isinstance(plan, (str, os.PathLike)):

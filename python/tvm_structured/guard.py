@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -64,10 +64,18 @@ class Candidates:
         )
 
 
-def candidates(layer: Layer, budget: Budget | None) -> Candidates:
+class Memory(Protocol):
+    """What was looked for in vain before."""
+
+    def absent(self, layer: Layer) -> frozenset[str]: ...
+
+    def remember(self, layer: Layer, absent: frozenset[str]) -> None: ...
+
+
+def candidates(layer: Layer, budget: Budget | None, memory: Memory | None = None) -> Candidates:
     """Everything that may take the place of a layer and needs fewer operations than it."""
     families = STRUCTURES.values()
-    detected = fewer_operations(layer, (family.detect(layer, TOLERANCE) for family in families))
+    detected = fewer_operations(layer, detect_all(layer, memory))
     exact = tuple(member for member in detected if not member.is_lossless)
     near: tuple[Structure, ...] = ()
     if budget is not None and not exact:
@@ -78,6 +86,16 @@ def candidates(layer: Layer, budget: Budget | None) -> Candidates:
     )
     nothing = "no structure found" if budget is None else "no structure within the budget"
     return Candidates(exact, near, algorithms, nothing)
+
+
+def detect_all(layer: Layer, memory: Memory | None) -> list[Structure]:
+    """The member of every family that the weight is one of; families that are known to be absent are left out."""
+    known = frozenset() if memory is None else memory.absent(layer)
+    found = {name: family.detect(layer, TOLERANCE) for name, family in STRUCTURES.items() if name not in known}
+    absent = known | {name for name, member in found.items() if member is None}
+    if memory is not None and absent != known:
+        memory.remember(layer, absent)
+    return [member for member in found.values() if member is not None]
 
 
 def every_size(family: type[Structure], layer: Layer) -> Iterator[Structure]:

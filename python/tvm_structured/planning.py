@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tvm_structured.errors import BudgetError, PlanError
-from tvm_structured.guard import Note, Price, by_operations, by_price, candidates, digest, keep_dense
+from tvm_structured.guard import Memory, Note, Price, by_operations, by_price, candidates, digest, keep_dense
 from tvm_structured.progress import track
 from tvm_structured.structures import STRUCTURES, Budget, Layer, Structure, Unstructured, as_budget, as_layer
 
@@ -126,13 +126,15 @@ def make_plan(
     layers: Mapping[str, Layer] | Iterable[Layer],
     budget: Budget | float | None = None,
     price: Price | None = None,
+    memory: Memory | None = None,
 ) -> Plan:
     """Choose a structure for every layer.
 
     Without a budget only structures that the weights already have are used, so the result equals the dense
     model. With one, layers that have no structure are projected to the nearest member within the budget.
     `price(layer name, structure)` guards the choice: a form that does not beat the dense layer is not used. Without
-    it the forms with fewer operations than the dense layer are.
+    it the forms with fewer operations than the dense layer are. `memory` saves looking for structures that a weight was
+    found not to have before.
     Raises BudgetError if no layer can reach the budget.
     """
     if not isinstance(layers, Mapping):
@@ -142,7 +144,7 @@ def make_plan(
     notes: dict[str, Note] = {}
     reached = False
     for name, layer in track(layers.items(), "Choosing structures", len(layers)):
-        found = candidates(as_layer(layer), limits)
+        found = candidates(as_layer(layer), limits, memory)
         reached = reached or any(reaches(member, layer, limits) for member in found.all())
         choices[name], notes[name] = by_price(layer, found, price) if price else by_operations(layer, found)
         reached = reached or reaches(choices[name], layer, limits)

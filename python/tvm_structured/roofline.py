@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from tvm_structured.cost_store import cache_directory
 from tvm_structured.files import atomic
+from tvm_structured.line_store import cache_directory
 from tvm_structured.targets import host_cpu, physical_cores, resolve_target, use_all_cores
 
 MEMORY_BYTES = 256 << 20  # larger than any last-level cache that a few cores have
