@@ -70,6 +70,9 @@ def convolutions(network: str) -> list[Convolution]:
     return list(found)
 
 
+HEADINGS = ("layer", "algorithm", *PEERS, "ours", *(f"x {name}" for name in PEERS), "x best", "of peak", "error")
+
+
 @click.command()
 @click.option("--network", "networks", multiple=True, type=click.Choice(["vgg16", "resnet50"]), help="[default: both]")
 @click.option("--batch", "batches", multiple=True, type=int, default=(1,), show_default=True, help="Batch sizes.")
@@ -118,9 +121,8 @@ def measure(layer: Convolution, batch: int, rounds: int) -> dict[str, Any]:
 
 
 def show(title: str, rows: Sequence[dict[str, Any]]) -> None:
-    headings = ["layer", "algorithm", *PEERS, "ours", *(f"x {name}" for name in PEERS), "x best", "of peak", "error"]
     notes = ["of peak: operations of the chosen algorithm, as a share of the machine's multiply-adds from registers"]
-    print_table(title, headings, [cells(row) for row in rows], notes)
+    print_table(title, HEADINGS, [cells(row) for row in rows], notes)
 
 
 def cells(row: dict[str, Any]) -> list[str]:

@@ -3,17 +3,13 @@
     python benchmarks/bench_layers.py [--quick] [--rows PATTERN] [--batch N] [--json out.json]
 
 Each row is a torch.nn.Linear whose weight has the structure; `ts.compile` compiles it with that plan. All run in
-turns in one process; a time is the fastest of several turns' medians, so that what else the machine does in between
-counts for nobody. The result is compared with PyTorch in the same run.
+turns in one process, a time is the median of the turns. The result is compared with float64 in the same run.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import functools
-import json
-import os
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,19 +18,17 @@ from typing import Any
 import click
 import numpy as np
 import torch
+from measuring import Timing, describe_machine, interleaved, microseconds, print_table, write_json
 from peers import Call, linear_peers
-from rich.console import Console
-from rich.table import Table
 
 import tvm_structured as ts
-from tvm_structured.metrics import interleaved_turns
-from tvm_structured.targets import host_cpu, physical_cores
+from tvm_structured.targets import physical_cores
 
 MODES = {"out_modes": (16, 16, 16), "in_modes": (16, 16, 16)}
 NATURAL = {"indexing": "natural"}
 TOLERANCE = 1e-4  # relative to the largest output
-NOISY = 0.15  # spread of a peer's turns beyond which a row is marked
 PEERS = ("torch", "torch.compile", "torch mkldnn", "ort")
+HEADINGS = ("layer", "batch", *PEERS, "ours", "x torch", "x ORT", "x best", "GFLOP/s", "error")
 
 
 @dataclass(frozen=True)
@@ -73,20 +67,12 @@ def main(patterns: tuple[str, ...], batches: tuple[int, ...], quick: bool, path:
     names = [name for name in (QUICK if quick and not patterns else FORMS) if matches(name, patterns)]
     if not names:
         raise click.ClickException(f"no row matches {' '.join(patterns)}; there are {', '.join(FORMS)}")
-    title = f"fp32, {physical_cores()} threads, {host_cpu()}, torch {torch.__version__}"
-    table = Table(title=title, title_justify="left")
-    headings = ("layer", "batch", *(f"{peer} us" for peer in PEERS), "ours us", "x torch", "x best", "GF/s", "noise")
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == "layer" else "right")
     rows = []
     for batch in batches:
         for name in names:
-            form = FORMS[name]
-            rows.append(measure(name, form, batch, rounds=3 if quick else 6))
-            table.add_row(*cells(rows[-1]))
-    Console(width=160).print(table)
-    if path is not None:
-        path.write_text(json.dumps({"title": title, "rows": rows}, indent=2) + "\n")
+            rows.append(measure(name, FORMS[name], batch, rounds=3 if quick else 7))
+            write_json(path, rows)
+    print_table(f"microseconds: {describe_machine()}", HEADINGS, [cells(row) for row in rows])
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
@@ -94,7 +80,7 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def measure(name: str, form: Form, batch: int, rounds: int) -> dict[str, Any]:
-    """One row: seconds of all, our largest error relative to the largest output, and how noisy the machine was."""
+    """One row: times of all, and our largest error relative to the largest output."""
     choice, weight = member_of(form)
     x = np.random.default_rng(1).standard_normal((batch, form.shape[1])).astype(np.float32)
     module = torch.nn.Linear(form.shape[1], form.shape[0], bias=False).eval()
@@ -106,20 +92,15 @@ def measure(name: str, form: Form, batch: int, rounds: int) -> dict[str, Any]:
     error = float(np.abs(compiled(tensor).numpy() - expected).max() / np.abs(expected).max())
     if not error < TOLERANCE:
         raise click.ClickException(f"{name}, batch {batch}: relative error {error:.1e}")
-    load = os.getloadavg()[0]
-    turns = interleaved_turns({**peers_of(form.shape, batch), "ours": lambda: compiled(tensor)}, rounds)
-    seconds = {who: min(times) for who, times in turns.items()}
+    times = interleaved({**peers_of(form.shape, batch), "ours": lambda: compiled(tensor)}, rounds)
     flops = 2 * batch * weight.size if choice is None else choice.flops(batch)
     return {
         "layer": name,
         "shape": form.shape,
         "batch": batch,
-        **seconds,
-        "medians": {who: statistics.median(times) for who, times in turns.items()},
-        "spread": {who: statistics.median(times) / min(times) - 1 for who, times in turns.items()},
-        "load": load,
+        "times": {who: {"seconds": timing.seconds, "spread": timing.spread} for who, timing in times.items()},
         "error": error,
-        "gflops": flops / seconds["ours"] / 1e9,
+        "gflops": flops / times["ours"].seconds / 1e9,
         "weight_bytes": 4 * weight.size if choice is None else choice.num_bytes,
     }
 
@@ -141,16 +122,13 @@ def peers_of(shape: tuple[int, int], batch: int) -> dict[str, Call]:
     return linear_peers(weight, rng.standard_normal((batch, shape[1])).astype(np.float32), physical_cores())
 
 
-def is_noisy(row: dict[str, Any]) -> bool:
-    """Whether the turns of ours or of one of the peers differ by more than NOISY."""
-    return max(row["spread"].values()) > NOISY
-
-
 def cells(row: dict[str, Any]) -> list[str]:
-    times = [f"{row[key] * 1e6:,.0f}" for key in (*PEERS, "ours")]
-    best = min(row[peer] for peer in PEERS)
-    ratios = [f"{row['torch'] / row['ours']:.1f}", f"{best / row['ours']:.1f}", f"{row['gflops']:.0f}"]
-    return [row["layer"], str(row["batch"]), *times, *ratios, "noisy" if is_noisy(row) else ""]
+    times = {who: Timing(**values) for who, values in row["times"].items()}
+    ours = times["ours"].seconds
+    best = min(times[peer].seconds for peer in PEERS)
+    ratios = [f"{seconds / ours:.1f}" for seconds in (times["torch"].seconds, times["ort"].seconds, best)]
+    texts = [microseconds(times[who]) for who in (*PEERS, "ours")]
+    return [row["layer"], str(row["batch"]), *texts, *ratios, f"{row['gflops']:.0f}", f"{row['error']:.0e}"]
 
 
 if __name__ == "__main__":

@@ -40,6 +40,9 @@ TVM_LIMIT = 45.0  # seconds for plain TVM from its start, imports and compilatio
 TVM_RUNS = 6.0  # seconds of runs that are counted
 
 
+RATIOS = ("model, batch", "lossless x best", "x ORT", "x TVM", "structured x best", "x ORT", "error", "compile s")
+
+
 @click.command()
 @click.option("--model", "models", multiple=True, type=click.Choice(list(NETWORKS)), help="Networks [default: all].")
 @click.option("--batch", "batches", multiple=True, type=int, help="Batch sizes [default: 1 16].")
@@ -171,8 +174,7 @@ def show(machine: str, rows: Sequence[dict[str, Any]]) -> None:
         times = {name: Timing(**values) for name, values in row["times"].items()}
         table.append([label(row), *(milliseconds(times.get(name)) for name in COLUMNS)])
     print_table(f"milliseconds: {machine}", ["model, batch", *COLUMNS], table, missing(rows))
-    headings = ["model, batch", "lossless x best", "x ORT", "x TVM", "structured x best", "x ORT", "error", "compile s"]
-    print_table("times faster", headings, [ratios(row) for row in rows], ["best: the fastest of PyTorch and ORT"])
+    print_table("times faster", RATIOS, [ratios(row) for row in rows], ["best: the fastest of PyTorch and ORT"])
     stats = [row for row in rows if "compile" in row]
     if stats:
         headings = ["compiling", "cold store s", "warm store s", "weights MB", "before MB", "peak MB"]

@@ -16,12 +16,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from tvm_structured.metrics import median_of, settle
+from tvm_structured.metrics import SLOT, interleaved_turns
 from tvm_structured.targets import host_cpu, physical_cores
 
 Call = Callable[[], Any]
 NOISY = 0.15  # spread of the turns above which a time is marked
-SLOT = 0.02  # seconds of calls to a turn
 MIN_ROUNDS = 3
 
 
@@ -44,26 +43,14 @@ class Timing:
 
 
 def interleaved(calls: Mapping[str, Call], rounds: int = 9, limit: float = 20.0) -> dict[str, Timing]:
-    """Time calls in turns, so that noise hits all alike; fewer rounds, at least three, where they exceed `limit`.
-
-    A turn is the median of about SLOT seconds of calls after one that is not counted.
-    """
-    counts, round_seconds = {}, 0.0
-    for name, call in calls.items():
+    """Time calls in turns, so that noise hits all alike; fewer rounds, at least three, where they exceed `limit`."""
+    round_seconds = 0.0
+    for call in calls.values():
+        call()
         start = time.perf_counter()
-        settle()
         call()
-        again = time.perf_counter()
-        call()
-        end = time.perf_counter()
-        counts[name] = max(1, min(2000, int(SLOT / max(end - again, 1e-7))))
-        round_seconds += end - start + (end - again) * counts[name]
-    rounds = max(MIN_ROUNDS, min(rounds, int(limit / round_seconds)))
-    turns: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            settle()
-            turns[name].append(median_of(call, counts[name]))
+        round_seconds += 5 * (time.perf_counter() - start) + SLOT
+    turns = interleaved_turns(calls, max(MIN_ROUNDS, min(rounds, int(limit / round_seconds))))
     return {name: Timing.of(values) for name, values in turns.items()}
 
 
