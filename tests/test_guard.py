@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ RANDOM = Dense("w", RNG.standard_normal((64, 64)).astype(np.float32))
 def priced(**milliseconds: float):  # type: ignore[no-untyped-def]
     """A price list by structure name; what is not on it costs ten times the dense layer."""
 
-    def price(name: str, structure: Structure) -> Cost:
-        return Cost(milliseconds.get(structure.name, 10 * milliseconds["dense"]) * 1e-3, True)
+    def price(name: str, structures: Sequence[Structure]) -> list[Cost]:
+        return [Cost(milliseconds.get(s.name, 10 * milliseconds["dense"]) * 1e-3, True) for s in structures]
 
     return price
 
@@ -65,8 +66,8 @@ def test_with_a_budget_the_nearest_form_that_wins_is_taken() -> None:
 def test_winograd_tiles_are_told_apart_by_their_price() -> None:
     conv = Conv2d("w", RNG.standard_normal((16, 16, 3, 3)).astype(np.float32), padding=(1, 1, 1, 1), input_hw=(28, 28))
 
-    def price(name: str, structure: Structure) -> Cost:
-        return Cost({"": 1.0, "tile=2": 0.5, "tile=4": 0.9}.get(structure.describe(), 5.0), True)
+    def price(name: str, structures: Sequence[Structure]) -> list[Cost]:
+        return [Cost({"": 1.0, "tile=2": 0.5, "tile=4": 0.9}.get(s.describe(), 5.0), True) for s in structures]
 
     assert make_plan({"w": conv}, price=price).choices["w"].describe() == "tile=2"
 

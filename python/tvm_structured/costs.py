@@ -17,8 +17,9 @@ from tvm_structured.dialect import LayerCall, static_shape
 from tvm_structured.guard import Cost
 from tvm_structured.structures import Structure
 from tvm_structured.targets import host_cpu
-from tvm_structured.timing import last_level_cache, median_seconds
+from tvm_structured.timing import last_level_cache, seconds_in_turns
 
+METHOD = 2  # of measuring: costs that were taken in another way are not comparable
 SYMBOLIC_BATCH = 8  # a batch that is known at run time only is measured at this size
 PEAK_FLOPS = 100e9  # a core of a server CPU with AVX-512, for predictions: only ratios matter
 BANDWIDTH = 25e9  # bytes a second
@@ -41,20 +42,24 @@ class Prices:
         factors = [factor for uses in self.calls.values() for factor in uses[0].factors]
         return sum(4 * int(np.prod(static_shape(factor))) for factor in factors) > last_level_cache()
 
-    def __call__(self, name: str, structure: Structure) -> Cost:
-        """Seconds for all uses of the layer in one run of the model."""
-        costs = [self.price(with_structure(call, structure), structure) for call in self.calls[name]]
-        return Cost(sum(cost.seconds for cost in costs), all(cost.is_measured for cost in costs))
+    def __call__(self, name: str, structures: Sequence[Structure]) -> list[Cost]:
+        """Seconds for all uses of the layer in one run of the model, in each of the forms."""
+        uses = [self.price([with_structure(call, s) for s in structures], structures) for call in self.calls[name]]
+        is_measured = self.measure and runs_here(self.target)
+        return [Cost(sum(seconds), is_measured) for seconds in zip(*uses, strict=True)]
 
-    def price(self, call: LayerCall, structure: Structure) -> Cost:
+    def price(self, calls: Sequence[LayerCall], structures: Sequence[Structure]) -> list[float]:
+        """Seconds of one call in each form. Where one is not known all are measured, in turns."""
         if not self.measure or not runs_here(self.target):
-            return Cost(predict(call, structure, int(self.target.attrs["num-cores"])), False)
-        key, what = cost_key(call, structure, self.target, self.is_cold)
-        known = self.store.get(key)
-        if known is None:
-            known = measure_call(call, self.target, self.is_cold)
-            self.store.put(key, known, what)
-        return Cost(known, True)
+            cores = int(self.target.attrs["num-cores"])
+            return [predict(call, structure, cores) for call, structure in zip(calls, structures, strict=True)]
+        keys = [cost_key(call, s, self.target, self.is_cold) for call, s in zip(calls, structures, strict=True)]
+        known = [self.store.get(key) for key, _ in keys]
+        if any(seconds is None for seconds in known):
+            known = measure_calls(calls, self.target, self.is_cold)
+            for (key, what), seconds in zip(keys, known, strict=True):
+                self.store.put(key, seconds, what)
+        return known
 
 
 def runs_here(target: Any) -> bool:
@@ -102,6 +107,7 @@ def cost_key(call: LayerCall, structure: Structure, target: Any, is_cold: bool) 
         if name not in structure.trainable_factors
     }
     described = {
+        "method": METHOD,
         "op": call.op,
         "sizes": call.sizes,
         "factors": {name: list(array.shape) for name, array in structure.factors.items()},
@@ -136,23 +142,24 @@ def concrete(x: Any) -> tuple[int, ...]:
     return tuple(extent if isinstance(extent, int) else SYMBOLIC_BATCH for extent in static_shape(x) or ())
 
 
-def measure_call(call: LayerCall, target: Any, is_cold: bool = False) -> float:
-    """Median seconds of one call, compiled alone. Cold: its weights come from memory."""
+def measure_calls(calls: Sequence[LayerCall], target: Any, is_cold: bool = False) -> list[float]:
+    """Seconds of each call, compiled alone. Cold: its weights come from memory."""
     import tvm
     from tvm.runtime.vm import VirtualMachine
 
+    from tvm_structured.relay_passes.pipeline import structured_pipeline
     from tvm_structured.targets import use_all_cores
 
     use_all_cores()
-    mod, shapes = alone(call)
-    from tvm_structured.relay_passes.pipeline import structured_pipeline
-
-    with target:
-        executable = tvm.compile(structured_pipeline({}, target)(mod), target, relax_pipeline="default_build")
-    machine = VirtualMachine(executable, tvm.cpu())
     rng = np.random.default_rng(0)
-    inputs = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
-    return median_seconds(machine, inputs, is_cold)
+    machines, inputs = [], []
+    for call in calls:
+        mod, shapes = alone(call)
+        with target:
+            executable = tvm.compile(structured_pipeline({}, target)(mod), target, relax_pipeline="default_build")
+        machines.append(VirtualMachine(executable, tvm.cpu()))
+        inputs.append([rng.standard_normal(shape).astype(np.float32) for shape in shapes])
+    return seconds_in_turns(machines, inputs, is_cold)
 
 
 def alone(call: LayerCall) -> tuple[Any, list[tuple[int, ...]]]:

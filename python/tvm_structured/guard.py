@@ -23,7 +23,7 @@ class Cost:
     is_measured: bool
 
 
-Price = Callable[[str, Structure], Cost]
+Price = Callable[[str, Sequence[Structure]], list[Cost]]
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,8 @@ def by_operations(layer: Layer, found: Candidates) -> tuple[Structure, Note]:
 def by_price(layer: Layer, found: Candidates, price: Price) -> tuple[Structure, Note]:
     """The cheapest exact form; where there is none, the nearest one that wins; else dense."""
     dense, _ = keep_dense(layer, "")
-    limit = price(layer.name, dense)
-    costs = {id(member): price(layer.name, member) for member in found.all()}
+    limit, *prices = price(layer.name, [dense, *found.all()])
+    costs = {id(member): cost for member, cost in zip(found.all(), prices, strict=True)}
     winners = [member for member in found.all() if costs[id(member)].seconds < limit.seconds + SLACK]
     wins = {id(member) for member in winners if not member.is_lossless or costs[id(member)].seconds < limit.seconds}
     for group in (found.exact, found.near, found.algorithms):

@@ -132,7 +132,7 @@ def make_plan(
 
     Without a budget only structures that the weights already have are used, so the result equals the dense
     model. With one, layers that have no structure are projected to the nearest member within the budget.
-    `price(layer name, structure)` guards the choice: a form that does not beat the dense layer is not used. Without
+    `price(layer name, structures)` guards the choice: a form that does not beat the dense layer is not used. Without
     it the forms with fewer operations than the dense layer are. `memory` saves looking for structures that a weight was
     found not to have before.
     Raises BudgetError if no layer can reach the budget.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
-COLD_RUNS = 9
+ROUNDS = 5
+COLD_RUNS = 3  # to a round
+HOT_SECONDS = 3e-3  # of runs to a round
 CACHE_SIZES = "/sys/devices/system/cpu/cpu0/cache"
 USUAL_CACHE = 32 * 1024 * 1024  # bytes, where the system does not tell
 
@@ -27,25 +28,51 @@ def last_level_cache() -> int:
     return max(sizes, default=USUAL_CACHE)
 
 
-def median_seconds(machine: Any, inputs: Sequence[np.ndarray], is_cold: bool) -> float:
-    """Median seconds of one run of `main`. Cold: all but the inputs has left the caches before each run."""
+def seconds_in_turns(machines: Sequence[Any], inputs: Sequence[Sequence[np.ndarray]], is_cold: bool) -> list[float]:
+    """Seconds of one run of each machine's `main`, taken in turns, so that a slow phase of the processor hits all.
+
+    Cold: all but the inputs has left the caches before each run. What else the processor does only makes runs slower,
+    so the lower quartile counts.
+    """
     import tvm
 
-    arrays = [tvm.runtime.tensor(array) for array in inputs]
-    if not is_cold:
-        evaluator = machine.time_evaluator("main", tvm.cpu(), number=1, repeat=5, min_repeat_ms=4)
-        return float(evaluator(*arrays).median)
-    main, evict = machine["main"], evictor()
-    main(*arrays)
-    times = []
+    runs = []
+    for machine, arrays in zip(machines, inputs, strict=True):
+        tensors = [tvm.runtime.tensor(array) for array in arrays]
+        main = machine["main"]
+        main(*tensors)
+        runs.append((main, tensors))
+    take = cold_runs if is_cold else hot_runs
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in range(ROUNDS):
+        for taken, (main, tensors) in zip(times, runs, strict=True):
+            taken += take(main, tensors)
+    return [float(np.quantile(taken, 0.25)) for taken in times]
+
+
+def hot_runs(main: Any, tensors: Sequence[Any]) -> list[float]:
+    """One run and as many more as fit HOT_SECONDS; the first is not counted."""
+    main(*tensors)
+    times: list[float] = []
+    while sum(times) < HOT_SECONDS:
+        times.append(seconds_of(main, tensors))
+    return times
+
+
+def cold_runs(main: Any, tensors: Sequence[Any]) -> list[float]:
+    times, evict = [], evictor()
     for _ in range(COLD_RUNS):
         evict()
-        for array in arrays:
-            array.numpy()  # reads them, as the layer before has written them
-        start = time.perf_counter()
-        main(*arrays)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+        for tensor in tensors:
+            tensor.numpy()  # reads them, as the layer before has written them
+        times.append(seconds_of(main, tensors))
+    return times
+
+
+def seconds_of(main: Any, tensors: Sequence[Any]) -> float:
+    start = time.perf_counter()
+    main(*tensors)
+    return time.perf_counter() - start
 
 
 @functools.cache
