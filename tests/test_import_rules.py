@@ -29,6 +29,7 @@ ALLOWED = {
     "line_store": set(),
     "cost_store": {"line_store"},
     "detection_store": {"guard", "line_store", "structures"},
+    "vta": {"errors", "schedules", "targets"},
     "relay": {
         "compiler", "errors", "files", "frontend", "guard", "inputs", "module", "planning", "relay_passes", "report",
         "settings", "structures", "targets",

@@ -183,6 +183,28 @@ def costs(with_roofline: bool) -> None:
         click.echo(f"{machine_key()}: {roofline()}")
 
 
+@cli.group()
+def vta() -> None:
+    """The accelerator: check its simulator."""
+
+
+@vta.command("check-golden")
+@click.argument("folder", type=click.Path(path_type=Path))
+@TARGET
+def check_golden(folder: Path, target: str) -> None:
+    """Run each program with a known result (.npz) in FOLDER, under every start order of the modules."""
+    from tvm_structured.vta.golden import check_folder
+
+    counts = {True: 0, False: 0}
+    for name, wrong in check_folder(folder, read_target(target)):
+        counts[not wrong] += 1
+        if wrong:
+            click.echo(f"{name}: {wrong}")
+    click.echo(f"{counts[True]} passed, {counts[False]} failed")
+    if counts[False]:
+        raise click.exceptions.Exit(1)
+
+
 def read_inputs(module: Any, texts: tuple[str, ...]) -> dict[str, Any]:
     """NAME=FILE.npy texts as arrays; random numbers for the other inputs."""
     given = {name: read_array(Path(file)) for name, file in (split(text, "--input") for text in texts)}

@@ -7,10 +7,20 @@
     ├── PlanError (ValueError)                   a plan that is broken or belongs to another model
     ├── BudgetError (ValueError)                 a budget that is malformed or that nobody can reach
     ├── KernelNotFoundError (LookupError)        no kernel for a structure on a target
-    └── RemovedNameError (AttributeError)        a name of TVM's Relay that is gone
+    ├── RemovedNameError (AttributeError)        a name of TVM's Relay that is gone
+    └── VTAError (ValueError)                    the accelerator: a configuration, a program or its text
+        ├── IllegalInstructionError              a field has a value that means nothing
+        ├── ScratchpadOverflowError              an access past the end of an on-chip buffer
+        ├── DramRangeError                       an access outside the memory that the program was given
+        ├── DeadlockError                        a token that never comes
+        └── FinishError                          no FINISH, or work that may come after it
 
 A message names the thing, the value and the way out.
 """
+
+from __future__ import annotations
+
+from typing_extensions import Self
 
 
 class StructuredError(Exception):
@@ -43,3 +53,42 @@ class KernelNotFoundError(StructuredError, LookupError):
 
 class RemovedNameError(StructuredError, AttributeError):
     """A name that TVM's Relay had, that TVM has removed and that this package does not offer."""
+
+
+class VTAError(StructuredError, ValueError):
+    """A VTA configuration, program or listing is wrong.
+
+    `instruction` is the index in the run's stream and `field` the name of the field at fault, where there is one.
+    """
+
+    def __init__(self, message: str, instruction: int | None = None, field: str | None = None) -> None:
+        where = "" if instruction is None else f"instruction {instruction}"
+        where += "" if field is None else f"{', ' if where else ''}field {field}"
+        super().__init__(f"{where}: {message}" if where else message)
+        self.message = message
+        self.instruction = instruction
+        self.field = field
+
+    def at(self, instruction: int) -> Self:
+        """The same error, of a known instruction."""
+        return type(self)(self.message, instruction, self.field)
+
+
+class IllegalInstructionError(VTAError):
+    """A field of an instruction has a value that means nothing."""
+
+
+class ScratchpadOverflowError(VTAError):
+    """An instruction would go past the end of an on-chip buffer."""
+
+
+class DramRangeError(VTAError):
+    """An instruction would leave the memory that the program was given."""
+
+
+class DeadlockError(VTAError):
+    """An instruction waits for a token that nobody will push."""
+
+
+class FinishError(VTAError):
+    """A run without FINISH, or with work that FINISH does not wait for."""
