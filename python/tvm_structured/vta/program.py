@@ -28,7 +28,8 @@ class Program:
     """One run of the accelerator: `words` of shape (N, 2), uint64.
 
     Raises VTAError, naming instruction and field, for what is illegal or leaves the on-chip buffers; `order` and
-    `check_memory` find the other faults that show before a run, and remember what they found. With `negative_ranges`, uop_end < uop_bgn is counted and does nothing, as in the original.
+    `check_memory` find the other faults that show before a run, and remember what they found. With
+    `negative_ranges`, uop_end < uop_bgn is counted and does nothing, as in the original.
     """
 
     def __init__(self, config: VTAConfig, words: Any, negative_ranges: bool = False) -> None:
