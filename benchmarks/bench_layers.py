@@ -19,7 +19,8 @@ import click
 import numpy as np
 import torch
 from measuring import Timing, describe_machine, interleaved, microseconds, print_table, write_json
-from peers import Call, linear_peers
+from model_peers import Call
+from peers import linear_peers
 
 import tvm_structured as ts
 from tvm_structured.targets import physical_cores
@@ -119,7 +120,7 @@ def peers_of(shape: tuple[int, int], batch: int) -> dict[str, Call]:
     """The peers multiply by all numbers whatever they are: one of each serves all forms of a shape."""
     rng = np.random.default_rng(2)
     weight = (rng.standard_normal(shape) / np.sqrt(shape[1])).astype(np.float32)
-    return linear_peers(weight, rng.standard_normal((batch, shape[1])).astype(np.float32), physical_cores())
+    return linear_peers(weight, rng.standard_normal((batch, shape[1])).astype(np.float32))
 
 
 def cells(row: dict[str, Any]) -> list[str]:

@@ -101,9 +101,7 @@ def measure(model: str, batch: int, forms: Sequence[str], quick: bool) -> dict[s
         changed, choices = (module, {}) if form == "lossless" else block_circulant(module, BLOCKS[model])
         if choices:
             # without the lossless plan the convolutions are compared anew, and the structure is found, not given
-            plan = plan and ts.Plan(
-                {**plan.choices, **choices}, {n: m for n, m in plan.notes.items() if n not in choices}
-            )
+            plan = plan and with_choices(plan, choices)
         start = time.perf_counter()
         compiled = ts.compile(changed, (x,), target="host", plan=plan if choices else None)
         row["compile_seconds"][form] = time.perf_counter() - start

@@ -56,6 +56,7 @@ def rows_to_blocks_func(shape: tuple[Extent, ...], epilogue: Epilogue, cpu: Cpu)
     """PrimFunc: rows (batch * h * w, channels), then the epilogue's operands -> y (batch, blocks, h, w, lanes)."""
     e = Emitter(cpu)
     batch, channels, height, width = shape
+    rest = channels % e.lanes
     with prim_func("rows_to_image") as made:
         rows = arg("rows", (batch * (height * width), channels))
         writer = BlockWriter(e, epilogue, shape)
@@ -68,15 +69,8 @@ def rows_to_blocks_func(shape: tuple[Extent, ...], epilogue: Epilogue, cpu: Cpu)
                     features = writer.features(block)
                     with serial(0, width) as column:
                         at = (unit * width + column, first)
-                        value = e.load(rows, *at) if mask is None else masked(e, rows, mask, channels, at)
+                        value = e.load(rows, *at) if mask is None else e.load_or_zero(rows, e.mask(0, rest), *at)
                         writer.store(value, image, block, row * width + column, features)
 
                 lane_blocks(e, channels, copy)
     return made.func
-
-
-def masked(e: Emitter, rows: Any, mask: Any, channels: int, at: tuple[Any, Any]) -> Any:
-    """The last channels of a row, zeros behind them."""
-    # in two statements: within a Select TVM takes the condition for granted, also where it is the mask of a load
-    loaded = e.bind(e.load_masked(rows, mask, *at))
-    return tirx.Select(e.mask(0, channels % e.lanes), loaded, e.splat(0.0))

@@ -46,9 +46,7 @@ class BlockWriter:
         e, first = self.emitter, block * self.emitter.lanes
         if self.outs % e.lanes == 0:
             return e.load(operand, first)
-        # in two statements: within a Select TVM takes the condition for granted, also where it is the mask of a load
-        loaded = e.bind(e.load_masked(operand, e.bind_mask(first, self.outs), first))
-        return e.bind(tirx.Select(e.mask(first, self.outs), loaded, e.splat(0.0)))
+        return e.load_or_zero(operand, e.mask(first, self.outs), first)
 
     def features(self, block: Any) -> tuple[Any, Any]:
         """(scale, bias) of a block, None where there is none, to be passed to `store`."""

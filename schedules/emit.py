@@ -176,6 +176,14 @@ class Emitter:
         *lead, last = index
         return tirx.op.masked_load(self.dtype, buffer, *lead, I.ramp(last, 1, self.lanes), mask)
 
+    def load_or_zero(self, buffer: Any, mask: Any, *index: Any) -> Any:
+        """Like `load_masked`, but lanes that are off are zero. The mask is an expression, not a bound one.
+
+        In two statements: within a Select TVM takes the condition for granted, also where it is the mask of a load.
+        """
+        loaded = self.bind(self.load_masked(buffer, mask, *index))
+        return self.bind(tirx.Select(mask, loaded, self.splat(0.0)))
+
     def store_masked(self, buffer: Any, value: Any, mask: Any, *index: Any) -> None:
         *lead, last = index
         I.evaluate(tirx.op.masked_store(buffer, value, *lead, I.ramp(last, 1, self.lanes), mask))

@@ -202,10 +202,7 @@ def window_row(
             if mask is None:
                 vectors.append(e.bind(e.load(x, *index)))
                 continue
-            # lanes outside the image must be zero, not merely unread. Two statements: within a Select TVM takes the
-            # condition for granted, also where it is the mask of a load
-            loaded = e.bind(e.load_masked(x, mask, *index))
-            vectors.append(e.bind(tirx.Select(mask, loaded, e.splat(0.0))))
+            vectors.append(e.load_or_zero(x, mask, *index))
         for i, pixel in enumerate(transpose(e, vectors)):
             e.store(window, pixel, begin + i * e.lanes)
 

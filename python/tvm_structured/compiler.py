@@ -34,7 +34,7 @@ def compile(
     budget: `Budget` or a fraction of the parameters; without one the result equals the dense model.
     plan: `Plan` or the path of a saved one, instead of a budget. database: a MetaSchedule database object, whose
     records are used for the functions that have no structured kernel.
-    measure: time candidates on this machine once (kept in the cost store, see `cache_directory`) and use only
+    measure: time candidates on this machine once (kept in a file, see `tvm-structured costs`) and use only
     what beats the dense layer; False, and targets that do not run here, predict instead.
 
     Raises ModelError, TargetError, PlanError or BudgetError.

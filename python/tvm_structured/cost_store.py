@@ -7,8 +7,6 @@ from typing import Any
 
 from tvm_structured.line_store import LineStore, cache_directory
 
-__all__ = ["CostStore", "cache_directory"]
-
 
 class CostStore(LineStore):
     """Seconds by key; see `costs.cost_key`."""
