@@ -6,34 +6,49 @@ A matrix structure on a convolution runs its dense kernel on patches (im2col, ch
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Any
 
 from tvm import relax, tirx
 from tvm.target import Target
 
 from tvm_structured.errors import KernelNotFoundError
-from tvm_structured.schedules import KERNELS, Cpu, Epilogue, Site
+from tvm_structured.schedules import KERNELS, Config, Cpu, Epilogue, Kernel, Site
 from tvm_structured.schedules.block_patches import block_patches_func, rows_to_blocks_func
 from tvm_structured.schedules.images import ImageShape
 from tvm_structured.schedules.patches import patches_func, rows_to_image_func
+from tvm_structured.structures import Structure
+
+CONV_KERNELS = ("conv2d", "winograd")  # they take images; all others take rows
+Configure = Callable[[Kernel, Structure, Site], Config]
+
+
+def default_config(kernel: Kernel, structure: Structure, site: Site) -> Config:
+    """The configuration that was chosen by hand."""
+    return next(iter(kernel.configs(structure, site)))
 
 
 def legalize(builder: Any, call: Any) -> Any:
-    """FLegalize of all structured operators."""
-    from tvm_structured.dialect import LayerCall, static_shape
-
-    unpacked = LayerCall.of(call)
-    assert unpacked is not None
-    cpu = current_cpu()
-    if unpacked.conv is None:
-        return lower_dense(builder, unpacked, static_shape(unpacked.x), static_shape(call), cpu)
-    if unpacked.op in CONV_KERNELS:
-        return emit_kernel(builder, unpacked, unpacked.x, unpacked.operands, *unpacked.images(), cpu)
-    return lower_on_patches(builder, unpacked, static_shape(call), cpu)
+    """FLegalize of all structured operators, in their default configurations."""
+    return legalize_with(default_config)(builder, call)
 
 
-CONV_KERNELS = ("conv2d", "winograd")  # they take images; all others take rows
+def legalize_with(configure: Configure) -> Callable[[Any, Any], Any]:
+    """FLegalize that asks `configure` for the configuration of every kernel."""
+
+    def legalize_call(builder: Any, call: Any) -> Any:
+        from tvm_structured.dialect import LayerCall, static_shape
+
+        unpacked = LayerCall.of(call)
+        assert unpacked is not None
+        cpu = current_cpu()
+        if unpacked.conv is None:
+            return lower_dense(builder, unpacked, static_shape(unpacked.x), static_shape(call), cpu, configure)
+        if unpacked.op in CONV_KERNELS:
+            return emit_kernel(builder, unpacked, unpacked.x, unpacked.operands, unpacked.images()[1], cpu, configure)
+        return lower_on_patches(builder, unpacked, static_shape(call), cpu, configure)
+
+    return legalize_call
 
 
 def current_cpu() -> Cpu:
@@ -44,7 +59,7 @@ def current_cpu() -> Cpu:
     return Cpu.of(target)
 
 
-def lower_dense(builder: Any, call: Any, x_shape: Any, y_shape: Any, cpu: Cpu) -> Any:
+def lower_dense(builder: Any, call: Any, x_shape: Any, y_shape: Any, cpu: Cpu, configure: Configure) -> Any:
     """Leading dimensions become rows; a residual is flattened with them."""
     rows = product(x_shape[:-1])
     x = flatten(builder, call.x, rows, x_shape)
@@ -52,7 +67,7 @@ def lower_dense(builder: Any, call: Any, x_shape: Any, y_shape: Any, cpu: Cpu) -
         flatten(builder, value, rows, y_shape) if name == "residual" else value
         for name, value in zip(call.epilogue.operands, call.operands, strict=True)
     ]
-    y = emit_kernel(builder, call, x, operands, (rows, x_shape[-1]), (rows, y_shape[-1]), cpu)
+    y = emit_kernel(builder, call, x, operands, (rows, y_shape[-1]), cpu, configure)
     return y if len(y_shape) == 2 else relax.op.reshape(builder.emit(y), y_shape)
 
 
@@ -69,20 +84,39 @@ def product(extents: Any) -> Any:
     return total
 
 
-def emit_kernel(builder: Any, call: Any, x: Any, operands: Any, x_shape: Any, y_shape: Any, cpu: Cpu) -> Any:
-    """One call_tir of the structure's kernel in its default configuration."""
-    kernel = KERNELS.get(call.op)
-    if kernel is None:
-        raise KernelNotFoundError(f"{call.layer}: no kernel is registered for {call.op!r}; add it to schedules.KERNELS")
-    structure = call.to_structure()
-    leading = bindable(x_shape[0])
-    blocked = call.has_blocks, bool(call.out_block)
-    site = Site((leading, *x_shape[1:]), (leading, *y_shape[1:]), cpu, call.epilogue, call.conv, *blocked)
-    config = next(kernel.configs(structure, site))
+def emit_kernel(builder: Any, call: Any, x: Any, operands: Any, y_shape: Any, cpu: Cpu, configure: Configure) -> Any:
+    """One call_tir of the structure's kernel. `y_shape` is that of the output as rows, or as NCHW."""
+    kernel, structure, site = kernel_and_site(call, cpu)
+    config = configure(kernel, structure, site)
     packed = [relax.const(array) for array in kernel.pack(structure, site, config).values()]
     func = builder.add_func(kernel.prim_func(structure, site, config), kernel.name)
     stored = (y_shape[0], *site.stored_y[1:])
     return relax.call_tir(func, [x, *packed, *operands], relax.TensorType(stored, "float32"))
+
+
+def kernel_and_site(call: Any, cpu: Cpu) -> tuple[Kernel, Structure, Site]:
+    """The kernel that a structured operator runs on, and where: of a matrix on a convolution that of its patches."""
+    from tvm_structured.dialect import matrix_shape, static_shape
+
+    kernel = KERNELS.get(call.op)
+    if kernel is None:
+        raise KernelNotFoundError(f"{call.layer}: no kernel is registered for {call.op!r}; add it to schedules.KERNELS")
+    if call.op in CONV_KERNELS:
+        x, y = call.images()
+        leading, blocked = bindable(x[0]), (call.has_blocks, bool(call.out_block))
+        return (
+            kernel,
+            call.to_structure(),
+            Site((leading, *x[1:]), (leading, *y[1:]), cpu, call.epilogue, call.conv, *blocked),
+        )
+    out, inner = matrix_shape(call)
+    if call.conv is None:
+        rows, epilogue = product(static_shape(call.x)[:-1]), call.epilogue
+    else:
+        batch, _, height, width = call.images()[1]
+        rows, epilogue = batch * (height * width), Epilogue()  # which is left to the step behind the product
+    rows = bindable(rows)
+    return kernel, call.to_structure(), Site((rows, inner), (rows, out), cpu, epilogue)
 
 
 def bindable(extent: Any) -> Any:
@@ -90,7 +124,7 @@ def bindable(extent: Any) -> Any:
     return extent if isinstance(extent, (int, tirx.Var)) else tirx.Var("rows", "int64")
 
 
-def lower_on_patches(builder: Any, call: Any, stored_y: Any, cpu: Cpu) -> Any:
+def lower_on_patches(builder: Any, call: Any, stored_y: Any, cpu: Cpu, configure: Configure) -> Any:
     """Convolution by a matrix structure: patches (batch * oh * ow, kh * kw * in) times the matrix.
 
     image -> rows -> the structure's kernel -> image; the epilogue belongs to the last step, which touches every
@@ -104,8 +138,7 @@ def lower_on_patches(builder: Any, call: Any, stored_y: Any, cpu: Cpu) -> Any:
     rows = x_shape[0] * (shape.output[0] * shape.output[1])
     to_rows = builder.add_func((block_patches_func if call.has_blocks else patches_func)(shape, cpu), "patches")
     patches = builder.emit(relax.call_tir(to_rows, [call.x], relax.TensorType((rows, shape.depth), "float32")))
-    plain = replace(call, conv=None, epilogue=Epilogue(), operands=(), out_block=0)
-    y_rows = builder.emit(emit_kernel(builder, plain, patches, (), (rows, shape.depth), (rows, shape.outs), cpu))
+    y_rows = builder.emit(emit_kernel(builder, call, patches, (), (rows, shape.outs), cpu, configure))
     from_rows = rows_to_blocks_func if call.out_block else rows_to_image_func
     to_image = builder.add_func(from_rows((batch, *y_shape[1:]), call.epilogue, cpu), "rows_to_image")
     return relax.call_tir(to_image, [y_rows, *call.operands], relax.TensorType(stored_y, "float32"))

@@ -9,12 +9,16 @@ import numpy as np
 from tvm import relax
 from tvm.ir.transform import Sequential
 
+from tvm_structured.dialect import PREFIX
 from tvm_structured.relay_passes.apply_schedules import ApplySchedules
 from tvm_structured.relay_passes.block_layouts import BlockLayouts
 from tvm_structured.relay_passes.canonicalize_layers import CanonicalizeLayers
 from tvm_structured.relay_passes.fuse_attention import FuseAttention
 from tvm_structured.relay_passes.fuse_epilogue import FuseEpilogue
+from tvm_structured.relay_passes.lower_structured import default_config, legalize_with
+from tvm_structured.relay_passes.mark_layers import marking
 from tvm_structured.relay_passes.rewrite_layers import RewriteLayers
+from tvm_structured.schedules import KERNELS
 from tvm_structured.schedules.cpu import Cpu
 
 
@@ -34,8 +38,18 @@ def canonical_pipeline(params: Mapping[str, np.ndarray], names: Mapping[str, str
     )
 
 
-def structured_pipeline(choices: Mapping[str, Any], target: Any, database: Any = None) -> Sequential:
-    """A canonical module and a plan --> scheduled TensorIR, ready for `tvm.compile(..., "default_build")`."""
+def structured_pipeline(choices: Mapping[str, Any], target: Any, records: Any = None) -> Sequential:
+    """A canonical module and a plan --> scheduled TensorIR, ready for `tvm.compile(..., "default_build")`.
+
+    `records`: what tuning found, `tuning.Records` or a database of MetaSchedule, or None.
+    """
+    # Phase 3: a tuned record or a default schedule for every function that has none
+    return Sequential([lowering_pipeline(choices, records), ApplySchedules(records)])
+
+
+def lowering_pipeline(choices: Mapping[str, Any], records: Any = None) -> Sequential:
+    """The phases before scheduling: structured kernels come out finished, other functions as fused loops."""
+    legalize = marking(legalize_with(getattr(records, "configure", default_config)))
     return Sequential(
         [
             # Phase 1: layers become structured operators
@@ -43,13 +57,11 @@ def structured_pipeline(choices: Mapping[str, Any], target: Any, database: Any =
             FuseAttention(),
             # Phase 2: operators become TensorIR; what is not ours fuses as usual
             relax.transform.DecomposeOpsForInference(),
-            relax.transform.LegalizeOps(),
+            relax.transform.LegalizeOps({PREFIX + name: legalize for name in KERNELS}),
             relax.transform.AnnotateTIROpPattern(),
             relax.transform.FoldConstant(),
             relax.transform.FuseOps(),
             relax.transform.FuseTIR(),
             relax.transform.DeadCodeElimination(),
-            # Phase 3: a tuned record or a default schedule for every function that has none
-            ApplySchedules(database),
         ]
     )
