@@ -18,7 +18,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from measuring import Timing, describe_machine, interleaved, microseconds, print_table, write_json
+from measuring import Timing, describe_machine, interleaved, microseconds, print_table, relative_error, write_json
 from model_peers import Call
 from peers import linear_peers
 
@@ -82,18 +82,14 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
 
 def measure(name: str, form: Form, batch: int, rounds: int) -> dict[str, Any]:
     """One row: times of all, and our largest error relative to the largest output."""
-    choice, weight = member_of(form)
-    x = np.random.default_rng(1).standard_normal((batch, form.shape[1])).astype(np.float32)
-    module = torch.nn.Linear(form.shape[1], form.shape[0], bias=False).eval()
-    module.weight.data = torch.from_numpy(weight)
-    plan = ts.Plan({} if choice is None else {"weight": choice})
-    compiled = ts.compile(module, inputs=(torch.from_numpy(x),), target="host", plan=plan)
-    expected = x.astype(np.float64) @ weight.T.astype(np.float64)
-    tensor = torch.from_numpy(x).clone()  # torch aligns its memory as TVM wants it: an array of numpy would be copied
-    error = float(np.abs(compiled(tensor).numpy() - expected).max() / np.abs(expected).max())
+    module, x, plan = layer(form, batch)
+    compiled = ts.compile(module, inputs=(x,), target="host", plan=plan)
+    weight, choice = module.weight.numpy(), plan.choices.get("weight")
+    expected = x.numpy().astype(np.float64) @ weight.T.astype(np.float64)
+    error = relative_error(compiled(x), expected)
     if not error < TOLERANCE:
         raise click.ClickException(f"{name}, batch {batch}: relative error {error:.1e}")
-    times = interleaved({**peers_of(form.shape, batch), "ours": lambda: compiled(tensor)}, rounds)
+    times = interleaved({**peers_of(form.shape, batch), "ours": lambda: compiled(x)}, rounds)
     flops = 2 * batch * weight.size if choice is None else choice.flops(batch)
     return {
         "layer": name,
@@ -104,6 +100,16 @@ def measure(name: str, form: Form, batch: int, rounds: int) -> dict[str, Any]:
         "gflops": flops / times["ours"].seconds / 1e9,
         "weight_bytes": 4 * weight.size if choice is None else choice.num_bytes,
     }
+
+
+def layer(form: Form, batch: int) -> tuple[torch.nn.Linear, torch.Tensor, ts.Plan]:
+    """A torch layer without bias whose weight has the form, an input in torch's own memory (aligned as TVM wants it, an
+    array of numpy would be copied), and the plan that names the form."""
+    choice, weight = member_of(form)
+    module = torch.nn.Linear(form.shape[1], form.shape[0], bias=False).eval().requires_grad_(False)
+    module.weight.data = torch.from_numpy(weight)
+    x = torch.randn(batch, form.shape[1], generator=torch.Generator().manual_seed(1))
+    return module, x, ts.Plan({} if choice is None else {"weight": choice})
 
 
 def member_of(form: Form) -> tuple[Any, np.ndarray]:

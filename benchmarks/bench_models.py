@@ -1,6 +1,6 @@
 """Whole models, compiled by `ts.compile`, against PyTorch, ONNX Runtime and plain TVM.
 
-    python benchmarks/bench_models.py [--model resnet18] [--batch 1] [--quick] [--compile-stats] [--json out.json]
+    python benchmarks/bench_models.py [--model resnet18] [--batch 1] [--quick] [--json out.json]
 
 "lossless" computes the same function as the torch module: Winograd and good kernels only. "structured" is the same
 network with block-circulant dense layers (16 in AlexNet and VGG, 8 in the encoders), compiled with the plan of the
@@ -21,7 +21,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from children import ChildFailed, compile_twice, in_child, plain_tvm_run
+from children import ChildFailed, in_child, plain_tvm_run
 from measuring import Call, Timing, describe_machine, interleaved, milliseconds, print_table, relative_error, write_json
 from model_peers import PEERS, eager, to_numpy
 from networks import NETWORKS, EncoderLayer, network
@@ -49,10 +49,7 @@ RATIOS = ("model, batch", "lossless x best", "x ORT", "x TVM", "structured x bes
 @click.option("--quick", is_flag=True, help="Batch 1, few rounds, without torch.compile and plain TVM.")
 @click.option("--json", "path", type=click.Path(path_type=Path), help="Write the rows as JSON.")
 @click.option("--forms", default="lossless,structured", show_default=True, help="What of ours to measure.")
-@click.option("--compile-stats", is_flag=True, help="Also time and memory of compiling from scratch (minutes).")
-def main(
-    models: Sequence[str], batches: Sequence[int], quick: bool, path: Path | None, forms: str, compile_stats: bool
-) -> None:
+def main(models: Sequence[str], batches: Sequence[int], quick: bool, path: Path | None, forms: str) -> None:
     """Print the tables."""
     torch.set_num_threads(physical_cores())
     wanted = forms.split(",")
@@ -63,8 +60,6 @@ def main(
         for batch in batches or ((1,) if quick else (1, 16)):
             start = time.perf_counter()
             row = measure(model, batch, wanted, quick)
-            if compile_stats:
-                row["compile"] = in_child(compile_twice, model, batch, limit=1800)
             rows.append(row)
             click.echo(f"{model}, batch {batch}: {time.perf_counter() - start:.0f} s", err=True)
             write_json(path, rows)
@@ -166,21 +161,13 @@ def one_line(problem: BaseException) -> str:
 
 
 def show(machine: str, rows: Sequence[dict[str, Any]]) -> None:
-    """The table of times, the table of ratios, and what compiling took."""
+    """The table of times and the table of ratios."""
     table = []
     for row in rows:
         times = {name: Timing(**values) for name, values in row["times"].items()}
         table.append([label(row), *(milliseconds(times.get(name)) for name in COLUMNS)])
     print_table(f"milliseconds: {machine}", ["model, batch", *COLUMNS], table, missing(rows))
     print_table("times faster", RATIOS, [ratios(row) for row in rows], ["best: the fastest of PyTorch and ORT"])
-    stats = [row for row in rows if "compile" in row]
-    if stats:
-        headings = ["compiling", "cold store s", "warm store s", "weights MB", "before MB", "peak MB"]
-        print_table(
-            "in a process of its own",
-            headings,
-            [[label(r), *map("{:.0f}".format, r["compile"].values())] for r in stats],
-        )
 
 
 def label(row: dict[str, Any]) -> str:

@@ -160,3 +160,10 @@ def test_results_become_tables_in_markdown(tmp_path: Path, monkeypatch: pytest.M
     assert output[0].startswith("layers: cpu ")
     table = [row.count("|") for row in output if row.startswith("|")]
     assert table == [len(bench.HEADINGS) + 1] * 3 and "| low rank | 2 |" in output[-2]
+
+
+def test_the_compile_benchmark_times_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = load(next(path for path in BENCHMARKS if path.stem == "bench_compile"), monkeypatch)
+    monkeypatch.setitem(bench.FORMS, "small", type(bench.FORMS["dense"])("low_rank", {"rank": 4}, (48, 32)))
+    row = bench.layer_kernels("small", 2)
+    assert [seconds > 0 for seconds in row["kernels"].values()] == [True] and "low_rank" in str(*row["kernels"])
