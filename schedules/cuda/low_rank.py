@@ -1,4 +1,8 @@
-"""Low rank on CUDA: y = U (V x), two launches, a warp to every sum."""
+"""Low rank on CUDA: y = U (V x), two launches: between them all of the thin intermediate must be known.
+
+It has x's type and stays in L2. Few rows are bound by the bytes of U and V (`dense_rows`), more are two products on
+tensor cores (`gemm`).
+"""
 
 from __future__ import annotations
 
@@ -6,81 +10,91 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from tvm import s_tir, te, tirx
 
 from tvm_structured.schedules.base import Config, Kernel
-from tvm_structured.schedules.cuda.epilogue import finished, operand_placeholders
-from tvm_structured.schedules.cuda.functions import numpy_type
-from tvm_structured.schedules.emit import i64
+from tvm_structured.schedules.cuda.dense_rows import emit_rows, pack_rows
+from tvm_structured.schedules.cuda.few_rows import Few
+from tvm_structured.schedules.cuda.gemm import Gemm, Operand, Tile, pack_operand
+from tvm_structured.schedules.cuda.products import few_space, matrix, numpy_type, prefers_few, tiles
+from tvm_structured.schedules.cuda.threads import multiple, scratch
+from tvm_structured.schedules.cuda.writer import RowWriter
+from tvm_structured.schedules.emit import arg, prim_func
 from tvm_structured.schedules.gpu import GpuSite
 from tvm_structured.structures.base import Structure
 
 
 class LowRankKernel(Kernel):
-    """Two matrix-vector products; the thin intermediate is float32 and stays in L2."""
+    """`way` "few" or "many" rows; tile of each product."""
 
     name = "low_rank"
 
     def configs(self, structure: Structure, site: GpuSite) -> Iterator[Config]:  # type: ignore[override]
-        for warps, vector in ((4, 8), (8, 8), (2, 4), (4, 4)):
-            yield {"warps": warps, "vector": vector}
+        (out, inner), rank = structure.shape, structure.factors["v"].shape[0]
+        few = [
+            {"way": "few", "thin": thin, "wide": wide}
+            for thin, wide in longest(few_space(site, rank, inner), few_space(site, out, rank))
+        ]
+        many = [
+            {"way": "many", "thin": thin, "wide": wide}
+            for thin, wide in longest(tiles(site, site.rows, rank), tiles(site, site.rows, out))
+        ]
+        yield from [*few, *many] if prefers_few(site) else [*many, *few]
 
     def pack(self, structure: Structure, site: GpuSite, config: Config) -> dict[str, np.ndarray]:  # type: ignore[override]
+        u, v = structure.factors["u"], structure.factors["v"]
+        extra = (0, width_of(v.shape[0]) - v.shape[0])
+        u, v = np.pad(u, ((0, 0), extra)), np.pad(v, (extra, (0, 0)))
+        if config["way"] == "few":
+            return {
+                "v": pack_rows(v, Few.of(config["thin"]), site.dtype),
+                "u": pack_rows(u, Few.of(config["wide"]), site.dtype),
+            }
         dtype = numpy_type(site.dtype)
-        return {name: np.ascontiguousarray(structure.factors[name]).astype(dtype) for name in ("v", "u")}
+        return {
+            "v": pack_operand(v[None, None], Tile.of(config["thin"]), dtype),
+            "u": pack_operand(u[None, None], Tile.of(config["wide"]), dtype),
+        }
 
     def prim_func(self, structure: Structure, site: GpuSite, config: Config) -> Any:  # type: ignore[override]
         (out, inner), rank = structure.shape, structure.factors["v"].shape[0]
-        x = te.placeholder((i64(site.rows), i64(inner)), site.dtype, "x")
-        v = te.placeholder((i64(rank), i64(inner)), site.dtype, "v")
-        u = te.placeholder((i64(out), i64(rank)), site.dtype, "u")
-        operands = operand_placeholders(site)
-        lanes, vector = site.gpu.warp, config["vector"]
-        total = product("wide", product("thin", x, v, lanes, vector), u, lanes, vector)
-        y = te.compute(
-            (i64(site.rows), i64(out)), lambda r, o: finished(total[r, o], site, operands, (r, o), o), name="y"
-        )
-        func = te.create_prim_func([x, v, u, *operands.values(), y], index_dtype_override="int64")
-        schedule = s_tir.Schedule(func)
-        sum_by_warp(schedule, "thin", None, config["warps"])
-        sum_by_warp(schedule, "wide", "y", config["warps"])
-        return (
-            schedule.mod["main"].without_attr("global_symbol").with_attr({"tirx.is_scheduled": True, "op_pattern": 8})
-        )
+        packed = {name: array.shape for name, array in self.pack(structure, site, config).items()}
+        emit = product_of_few if config["way"] == "few" else product_of_many
+        width = width_of(rank)
+        with prim_func(self.name) as made:
+            x = arg("x", (site.rows, inner), site.dtype)
+            v, u = (arg(name, shape, site.dtype) for name, shape in packed.items())
+            writer = RowWriter(site, out)
+            thin = scratch((site.rows, width), site.dtype)
+            emit(site, config, "thin", x, inner, v, RowWriter.onto(thin, site.rows, width, site.dtype))
+            emit(site, config, "wide", thin, width, u, writer)
+        return made.func
 
 
-def product(name: str, x: Any, weight: Any, lanes: int, vector: int) -> Any:
-    """x weight^T with float32 sums; every lane has a sum of its own, of `vector` consecutive terms at a time.
-
-    The partial sums are a stage of the definition: `rfactor` forgets that the last step is not full (TVM 0.27).
-    """
-    features, depth = (int(extent) for extent in weight.shape)
-    chunk = lanes * vector
-    step = te.reduce_axis((i64(0), i64(-(-depth // chunk))), "step")
-    element = te.reduce_axis((i64(0), i64(vector)), "element")
-    lane = te.reduce_axis((i64(0), i64(lanes)), "lane")
-
-    def term(r: Any, o: Any, t: Any) -> Any:
-        k = step * chunk + t * vector + element
-        value = tirx.Cast("float32", x[r, k]) * tirx.Cast("float32", weight[o, k])
-        if depth % chunk:
-            value = tirx.if_then_else(k < depth, value, tirx.FloatImm("float32", 0.0))
-        return te.sum(value, axis=[step, element])
-
-    partial = te.compute((x.shape[0], i64(features), i64(lanes)), term, name=f"{name}_partial")
-    return te.compute((x.shape[0], i64(features)), lambda r, o: te.sum(partial[r, o, lane], axis=lane), name=name)
+def width_of(rank: int) -> int:
+    """Rows of the intermediate are aligned to 16 bytes; V has zeros behind its last row."""
+    return multiple(rank, 8)
 
 
-def sum_by_warp(schedule: Any, stage: str, last: str | None, warps: int) -> None:
-    """A warp to every output; `last` is the stage that takes the sum, None where it goes to memory as it is."""
-    block, partial = schedule.get_sblock(stage), schedule.get_sblock(f"{stage}_partial")
-    row, feature, lane = schedule.get_loops(block)
-    outer, group = schedule.split(feature, [None, warps])
-    schedule.bind(schedule.fuse(row, outer), "blockIdx.x")
-    schedule.bind(group, "threadIdx.y")
-    schedule.bind(lane, "threadIdx.x")
-    schedule.compute_at(partial, lane)
-    schedule.set_scope(partial, 0, "local")
-    if last is not None:
-        schedule.set_scope(block, 0, "local")
-        schedule.reverse_compute_at(schedule.get_sblock(last), group)
+def longest(first: Iterator[Any], second: Iterator[Any]) -> Iterator[tuple[Any, Any]]:
+    """Both in step; the shorter one repeats its last."""
+    a, b = list(first), list(second)
+    for i in range(max(len(a), len(b))):
+        yield a[min(i, len(a) - 1)], b[min(i, len(b) - 1)]
+
+
+def product_of_few(
+    site: GpuSite, config: Config, stage: str, x: Any, inner: int, weight: Any, writer: RowWriter
+) -> None:
+    few, tensorize = Few.of(config[stage]), config.get("tensorize", True)
+    emit_rows(few, site.dtype, site.rows, x, inner, weight, writer, tensorize)
+
+
+def product_of_many(
+    site: GpuSite, config: Config, stage: str, x: Any, inner: int, weight: Any, writer: RowWriter
+) -> None:
+    tile, tensorize = Tile.of(config[stage]), config.get("tensorize", True)
+    operand: Operand = matrix(x, inner, site.dtype)
+    gemm = Gemm(tile, site.dtype, site.rows, writer.out, operand, weight, tensorize=tensorize)
+    gemm.emit(
+        lambda t, _, row, exists, column, values: writer.store_run(t, [v[0] for v in values], row, exists, column)
+    )

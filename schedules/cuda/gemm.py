@@ -1,0 +1,294 @@
+"""Batched matrix products on CUDA: C[b] = A[b] B[b]^T, real or complex, float32 sums.
+
+A block of threads owns a tile of C, a warp a part of it; tiles of A and B go through shared memory, `stages` of them
+in flight (cp.async). fp16 and bf16 are multiplied by tensor cores, float32 by ordinary ones with the same tiles.
+Where the rows of A come from and where those of C go is up to the caller, so that permutations, transforms and
+epilogues cost no pass of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tvm import tirx
+from tvm.tirx.script.builder import ir as I
+
+from tvm_structured.schedules.base import Extent
+from tvm_structured.schedules.cuda import device_code
+from tvm_structured.schedules.cuda.threads import (
+    BYTES,
+    VECTOR_BYTES,
+    WARP,
+    Registers,
+    Threads,
+    all_of,
+    call,
+    ceildiv,
+    f32,
+    launch,
+    load_vector,
+    when,
+)
+from tvm_structured.schedules.emit import either
+
+# (threads, batch, row, whether the row exists, first column, (re, im) for each of the neighbouring columns)
+Store = Callable[[Threads, Any, Any, Any, Any, Sequence[Sequence[Any]]], None]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """rows x columns of C to a block, `depth` of k at a time; warps_m x warps_n warps; tiles in flight."""
+
+    rows: int = 64
+    columns: int = 64
+    depth: int = 32
+    warps_m: int = 2
+    warps_n: int = 2
+    stages: int = 3
+
+    @classmethod
+    def of(cls, config: Sequence[int]) -> Tile:
+        return cls(*config)
+
+    @property
+    def threads(self) -> int:
+        return WARP * self.warps_m * self.warps_n
+
+    def __post_init__(self) -> None:
+        m, n = self.rows // self.warps_m, self.columns // self.warps_n
+        assert m % 16 == n % 16 == self.depth % 16 == 0, f"a warp multiplies tiles of 16 x 16 x 16, got {self}"
+
+    def shared_bytes(self, dtype: str, planes: int) -> int:
+        width = self.depth + VECTOR_BYTES // BYTES[dtype]
+        return self.stages * planes * (self.rows + self.columns) * width * BYTES[dtype]
+
+
+@dataclass(frozen=True)
+class Operand:
+    """The matrices A[b] (rows x k), `planes` = 2 for complex ones.
+
+    `at(batch, plane, row, k)` is the index in `buffer` of an element that exists. With `vectors` 16 bytes along k lie
+    side by side and aligned; otherwise elements are fetched one by one. `depth` is the number of k that exist.
+    """
+
+    buffer: Any
+    at: Callable[[Any, Any, Any, Any], Sequence[Any]]
+    depth: int
+    vectors: bool
+    exists: Callable[[Any, Any, Any], Any] | None = None  # (batch, row, k), beyond the bounds of rows and depth
+
+
+def pack_operand(b: np.ndarray, tile: Tile, dtype: Any) -> np.ndarray:
+    """(batches, planes, columns, depth) -> (batches, column tiles, depth tiles, planes, columns, depth) of a tile."""
+    batches, planes, columns, depth = b.shape
+    tiles_n, tiles_k = -(-columns // tile.columns), -(-depth // tile.depth)
+    padded = np.zeros((batches, planes, tiles_n * tile.columns, tiles_k * tile.depth), np.float32)
+    padded[:, :, :columns, :depth] = b
+    cut = padded.reshape(batches, planes, tiles_n, tile.columns, tiles_k, tile.depth)
+    return np.ascontiguousarray(cut.transpose(0, 2, 4, 1, 3, 5)).astype(dtype)
+
+
+class Gemm:
+    """One kernel: `batches` products of `rows` x `columns`. `b` is an argument packed by `pack_operand`."""
+
+    def __init__(
+        self,
+        tile: Tile,
+        dtype: str,
+        rows: Extent,
+        columns: int,
+        a: Operand,
+        b: Any,
+        *,
+        planes: int = 1,
+        batches: int = 1,
+        tensorize: bool = True,
+    ) -> None:
+        self.tile, self.dtype, self.rows, self.columns = tile, dtype, rows, columns
+        self.a, self.b, self.planes, self.batches, self.tensorize = a, b, planes, batches, tensorize
+        self.vector = VECTOR_BYTES // BYTES[dtype]
+        self.width = tile.depth + self.vector  # a row of a tile in shared memory, padded against bank conflicts
+        self.mi, self.ni = tile.rows // tile.warps_m // 16, tile.columns // tile.warps_n // 8
+        self.sums = self.mi * self.ni * 4
+
+    def emit(self, store: Store) -> None:
+        tile = self.tile
+        grid = (ceildiv(self.columns, tile.columns), ceildiv(self.rows, tile.rows), self.batches)
+        with launch(grid, tile.threads, not self.tensorize) as (t, (bn, bm, batch)):
+            self.t, self.where = t, (batch, bm * tile.rows, bn)
+            # one allocation: TVM would let A and B share storage if it thought their lives apart
+            shape = (tile.stages, self.planes, tile.rows + tile.columns, tile.depth)
+            self.shared = t.shared(shape, self.dtype, padding=self.vector, opaque=True)
+            acc = t.registers(self.planes * self.sums)
+            with t.last_stage():
+                acc.fill()
+            self._multiply(acc)
+            self._store(acc, store)
+
+    def _multiply(self, acc: Registers) -> None:
+        tile, t = self.tile, self.t
+        steps = -(-self.a.depth // tile.depth)
+        ahead = tile.stages - 1
+        with t.last_stage():
+            for step in range(ahead):
+                if step < steps:
+                    self._fetch(step, step)
+                self._commit()
+        with I.serial(0, steps) as step:
+            with t.stage():
+                self._wait(max(ahead - 1, 0))
+            with t.last_stage():
+                with when(step + ahead < steps):
+                    self._fetch(step + ahead, (step + ahead) % tile.stages)
+                self._commit()
+                self._products(acc, step % tile.stages)
+
+    # -- tiles from global to shared memory --------------------------------------------------------------
+
+    def _fetch(self, step: Any, slot: Any) -> None:
+        tile, (batch, first_row, bn) = self.tile, self.where
+        chunks = tile.depth // self.vector
+        from_b = self.planes * tile.columns * chunks
+
+        def copy_b(chunk: Any) -> None:
+            plane, rest = chunk // (tile.columns * chunks), chunk % (tile.columns * chunks)
+            column, k = rest // chunks, rest % chunks * self.vector
+            self._copy((slot, plane, tile.rows + column, k), self.b, (batch, bn, step, plane, column, k), True)
+
+        self._each(from_b, copy_b)
+
+        def place(chunk: Any, per_row: int) -> tuple[Any, Any, Any]:
+            plane, rest = chunk // (tile.rows * per_row), chunk % (tile.rows * per_row)
+            return plane, rest // per_row, rest % per_row
+
+        def copy_a(chunk: Any) -> None:
+            plane, row, part = place(chunk, chunks)
+            k = part * self.vector
+            valid = self._valid(first_row + row, step * tile.depth + k)
+            index = self.a.at(batch, plane, first_row + row, step * tile.depth + k)
+            self._copy((slot, plane, row, k), self.a.buffer, index, valid)
+
+        def fetch_a(element: Any) -> None:
+            plane, row, k = place(element, tile.depth)
+            valid = self._valid(first_row + row, step * tile.depth + k)
+            index = self.a.at(batch, plane, first_row + row, step * tile.depth + k)
+            value = tirx.if_then_else(valid, self.a.buffer[tuple(index)], tirx.const(0, self.dtype))
+            self.shared[slot, plane, row, k] = value
+
+        if self.a.vectors:
+            self._each(self.planes * tile.rows * chunks, copy_a)
+        else:
+            self._each(self.planes * tile.rows * tile.depth, fetch_a)
+
+    def _valid(self, row: Any, k: Any) -> Any:
+        conditions = []
+        if not isinstance(self.rows, int) or self.rows % self.tile.rows:
+            conditions.append(row < self.rows)
+        if self.a.depth % self.tile.depth:
+            conditions.append(k < self.a.depth)
+        if self.a.exists is not None:
+            conditions.append(self.a.exists(self.where[0], row, k))
+        return all_of(conditions)
+
+    def _each(self, count: int, body: Callable[[Any], None]) -> None:
+        """body(i) for i < count, spread over the threads, neighbours to neighbours."""
+        threads = self.t.count
+        with I.unroll(0, -(-count // threads)) as turn:
+            i = turn * threads + self.t.tx
+            if count % threads == 0:
+                body(i)
+            else:
+                with when(i < count):
+                    body(i)
+
+    def _copy(self, to: Sequence[Any], buffer: Any, index: Sequence[Any], valid: Any) -> None:
+        """16 bytes to shared memory, zeros where not `valid`."""
+        if self.tensorize:
+            flag = tirx.const(True, "bool") if valid is True else valid
+            addresses = self.shared.address(*to), I.address_of(buffer[tuple(index)])
+            call("ts_copy16", *addresses, flag, source=device_code.COPY)
+            return
+
+        def plain() -> None:
+            self.shared.set_vector(to, load_vector(buffer, index, self.vector), self.vector)
+
+        def zeros() -> None:
+            self.shared.set_vector(to, I.broadcast(tirx.const(0, self.dtype), self.vector), self.vector)
+
+        if valid is True:
+            plain()
+        else:
+            either(valid, plain, zeros)
+
+    def _commit(self) -> None:
+        if self.tensorize:
+            call("ts_commit", source=device_code.COPY)
+
+    def _wait(self, groups: int) -> None:
+        if self.tensorize:
+            call(f"ts_wait<{groups}>", source=device_code.COPY)
+
+    # -- products --------------------------------------------------------------------------------------------
+
+    def _corner(self) -> tuple[Any, Any]:
+        """First row and column of this warp's part of the tile."""
+        warp = self.t.warp
+        return warp // self.tile.warps_n * (16 * self.mi), warp % self.tile.warps_n * (8 * self.ni)
+
+    def _products(self, acc: Registers, slot: Any) -> None:
+        row, column = self._corner()
+        if not self.tensorize:
+            self._plain_products(acc, slot, row, column)
+            return
+
+        def a(plane: int, k: Any) -> Any:
+            return self.shared.address(slot, plane, row, k)
+
+        def b(plane: int, k: Any) -> Any:
+            return self.shared.address(slot, plane, self.tile.rows + column, k)
+
+        apart = (self.tile.rows + self.tile.columns) * self.width
+        if self.dtype == "float32":
+            name = f"ts_fma<{self.mi}, {self.ni}, {self.width}, {self.tile.depth}>"
+            for to, left, right, sign in PRODUCTS[self.planes]:
+                call(name, acc.address(to * self.sums), a(left, 0), b(right, 0), f32(sign), source=device_code.FMA)
+            return
+        parameters = f"{'true' if self.dtype == 'bfloat16' else 'false'}, {self.mi}, {self.ni}, {self.width}"
+        for k in range(0, self.tile.depth, 16):
+            if self.planes == 1:
+                call(f"ts_mma<{parameters}>", acc.address(), a(0, k), b(0, k), source=device_code.MMA)
+            else:
+                operands = a(0, k), tirx.const(apart, "int32"), b(0, k), tirx.const(apart, "int32")
+                call(f"ts_cmma<{parameters}>", acc.address(), *operands, source=device_code.MMA)
+
+    def _plain_products(self, acc: Registers, slot: Any, row: Any, column: Any) -> None:
+        with I.serial(0, self.sums) as i:
+            m = row + i // (4 * self.ni) * 16 + i % 4 // 2 * 8 + self.t.lane // 4
+            n = self.tile.rows + column + i // 4 % self.ni * 8 + self.t.lane % 4 * 2 + i % 2
+            with I.serial(0, self.tile.depth) as k:
+                for to, left, right, sign in PRODUCTS[self.planes]:
+                    term = f32(self.shared[slot, left, m, k]) * f32(self.shared[slot, right, n, k])
+                    acc[to * self.sums + i] = acc[to * self.sums + i] + (term if sign > 0 else f32(0.0) - term)
+
+    def _store(self, acc: Registers, store: Store) -> None:
+        """Two neighbouring columns at a time, as the fragments have them."""
+        batch, first_row, bn = self.where
+        complete = isinstance(self.rows, int) and self.rows % self.tile.rows == 0
+        with self.t.last_stage():
+            row, column = self._corner()
+            for m in range(self.mi):
+                for n in range(self.ni):
+                    for half in range(2):
+                        first = (m * self.ni + n) * 4 + 2 * half
+                        values = [[acc[p * self.sums + first + j] for p in range(self.planes)] for j in range(2)]
+                        at_row = first_row + row + (m * 16 + half * 8) + self.t.lane // 4
+                        at_column = bn * self.tile.columns + column + n * 8 + self.t.lane % 4 * 2
+                        exists = True if complete else at_row < self.rows
+                        store(self.t, batch, at_row, exists, at_column, values)
+
+
+# (sum, plane of A, plane of B, sign)
+PRODUCTS = {1: ((0, 0, 0, 1.0),), 2: ((0, 0, 0, 1.0), (1, 0, 1, 1.0), (0, 1, 1, -1.0), (1, 1, 0, 1.0))}

@@ -1,0 +1,69 @@
+"""Dense products as stages of structured kernels: their operands, default tiles and packing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from tvm_structured.schedules.base import Extent
+from tvm_structured.schedules.cuda.gemm import Operand, Tile
+from tvm_structured.schedules.cuda.threads import BYTES, VECTOR_BYTES
+from tvm_structured.schedules.gpu import GpuSite
+
+# rows, columns, depth, warps along rows, along columns, tiles in flight
+SMALL = ((16, 64, 64, 1, 4, 4), (16, 128, 64, 1, 4, 4), (32, 64, 64, 1, 4, 4))
+LARGE = ((64, 64, 32, 2, 2, 4), (128, 64, 32, 2, 2, 4), (64, 128, 32, 2, 2, 4), (128, 128, 32, 2, 2, 4))
+LARGE_FLOAT32 = ((64, 64, 16, 2, 2, 3), (128, 64, 16, 4, 2, 3), (128, 128, 16, 4, 2, 3))
+FEW_ROWS = 32
+MANY = 8  # rows from which tiles of 16 rows on tensor cores are used
+
+
+def prefers_few(site: GpuSite) -> bool:
+    """Whether the rows are too few for tiles; an unknown number counts as many."""
+    return isinstance(site.rows, int) and site.rows < MANY
+
+
+def few_space(site: GpuSite, out_units: int, in_units: int) -> Iterator[tuple[int, ...]]:
+    """Settings of `few_rows`, the default first: two blocks to a multiprocessor, all their threads busy."""
+    rows = site.rows if isinstance(site.rows, int) else 1
+    together = next(r for r in (4, 2, 1) if r <= max(rows, 1))
+    wanted = 2 * site.gpu.multiprocessors
+    useful = [threads for threads in (128, 64, 32) if threads <= max(in_units, 32)]
+    for threads in (*useful, 256):
+        for group in sorted((1, 2, 4, 8), key=lambda g: abs(out_units / g - wanted)):
+            if group <= max(out_units, 1):
+                yield (threads, group, together)
+
+
+def tiles(site: GpuSite, rows: Extent, columns: int, planes: int = 1) -> Iterator[tuple[int, ...]]:
+    """Tiles for a product of that size, the default first: as large as leaves every multiprocessor a block."""
+    large = LARGE_FLOAT32 if site.dtype == "float32" else LARGE
+    fits = [
+        t for t in (*SMALL, *large) if Tile.of(t).shared_bytes(site.dtype, planes) <= site.gpu.dynamic_shared_memory
+    ]
+    count = rows if isinstance(rows, int) else 64
+
+    def blocks(tile: tuple[int, ...]) -> int:
+        return -(-count // tile[0]) * -(-columns // tile[1])
+
+    def cost(tile: tuple[int, ...]) -> tuple[float, int]:
+        waves = -(-blocks(tile) // site.gpu.multiprocessors)
+        return waves * (tile[0] * tile[1]) ** 0.5 * (1 + 64 / tile[0] + 64 / tile[1]), -tile[0] * tile[1]
+
+    usable = [t for t in fits if count > FEW_ROWS or t[0] <= 32]
+    yield from sorted(usable, key=cost)
+
+
+def matrix(buffer: Any, depth: int, dtype: str) -> Operand:
+    """A whole matrix (rows, depth) as the left operand."""
+    vectors = depth % (VECTOR_BYTES // BYTES[dtype]) == 0
+    return Operand(buffer, lambda batch, plane, row, k: (row, k), depth, vectors)
+
+
+def numpy_type(dtype: str) -> Any:
+    """The numpy type of a name; bfloat16 is that of ml_dtypes."""
+    import ml_dtypes
+
+    return np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
