@@ -44,7 +44,7 @@ class RowWriter:
         under(valid, body)
 
     def store_run(self, t: Threads, totals: Sequence[Any], row: Any, exists: Any, column: Any) -> None:
-        """Neighbouring columns from `column` on, a multiple of their number, those that exist; one store if it can be."""
+        """Columns from `column` on (a multiple of their number), those that exist; in one store where it can be."""
         count = len(totals)
         if self.out % count:
             for j in range(count):
