@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -69,33 +68,10 @@ def apply_conv2d(
     return F.conv2d(x, weight.to(x.dtype), bias, tuple(stride), (top, left), tuple(dilation))
 
 
-def dense_matrix(member: Structure) -> Tensor:
-    """The (out, in) matrix of a member with torch factors; gradients flow into the factors."""
-    first = member.factors[member.trainable_factors[0]]
-    if len(member.trainable_factors) > 1:  # a product of factors: apply it to the identity
-        return member.apply(torch.eye(member.shape[1], dtype=first.dtype, device=first.device)).mT
-    return F.pad(first.reshape(-1), (1, 0))[numbering(member).to(first.device)]
-
-
-def numbering(member: Structure) -> Tensor:
-    """Which number of the only trainable factor stands where in the matrix: 1, 2, ..., and 0 for a zero.
-
-    A weight that is linear in one factor is made of copies of its numbers. The numpy form of the member, with the
-    factor 1, 2, ..., tells their places without any arithmetic on the values.
-    """
-    numbered = [
-        np.arange(1.0, 1.0 + factor.numel()).reshape(factor.shape)
-        if name in member.trainable_factors
-        else (factor.cpu().numpy() if isinstance(factor, Tensor) else factor)
-        for name, factor in member.factors.items()
-    ]
-    return torch.from_numpy(type(member).from_factors(member.sizes_of, numbered).dense().astype(np.int64))
-
-
 def conv_weight(member: Structure, kernel: Sequence[int]) -> Tensor:
     """The (out, in, kh, kw) weight of a member whose matrix is (out, kh * kw * in), channel fastest."""
     kh, kw = kernel
-    by_taps = dense_matrix(member).reshape(member.shape[0], kh, kw, -1)
+    by_taps = member.dense().reshape(member.shape[0], kh, kw, -1)
     return by_taps.permute(0, 3, 1, 2).contiguous()  # else torch takes it for channels_last, and so would be the output
 
 
@@ -165,7 +141,7 @@ def structured_gradient(
     """
     inputs = _all_tensors(x, factors, bias)
     trained = [number for number, tensor in enumerate(inputs) if tensor.is_floating_point()]
-    indices = {1 + i: factor.cpu().numpy() for i, factor in enumerate(factors) if not factor.is_floating_point()}
+    indices = {1 + i: factor for i, factor in enumerate(factors) if not factor.is_floating_point()}
 
     def layer(*values: Tensor) -> Tensor:
         now = {**indices, **dict(zip(trained, values, strict=True))}

@@ -34,7 +34,6 @@ from tvm_structured.nn.ops import (
     apply_conv2d,
     apply_linear,
     conv_weight,
-    dense_matrix,
     structured_conv2d,
     structured_linear,
 )
@@ -146,7 +145,7 @@ class StructuredLinear(Structured):
         return self.dense_weight()
 
     def dense_weight(self) -> Tensor:
-        return dense_matrix(self.member())
+        return self.member().dense()
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():

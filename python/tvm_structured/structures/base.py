@@ -21,7 +21,7 @@ from typing_extensions import Self
 
 from tvm_structured.errors import BudgetError
 from tvm_structured.structures.budget import Budget
-from tvm_structured.structures.layer import Array, Layer, as_layer
+from tvm_structured.structures.layer import Layer, as_layer
 
 Size = Mapping[str, Any]
 
@@ -139,10 +139,15 @@ class Structure(ABC):
         """Bytes of all factors, indices included."""
         return sum(math.prod(array.shape) * array.dtype.itemsize for array in self.factors.values())
 
-    def dense(self) -> Array:
-        """The (out, in) matrix, by applying the member to the identity."""
-        first = next(iter(self.factors.values()))
-        return np.ascontiguousarray(self.apply(np.eye(self.shape[1], dtype=first.dtype)).T)
+    def dense(self) -> Any:
+        """The (out, in) matrix, by applying the member to the identity. Of the kind of the factors: numpy, or torch,
+        where gradients flow into them."""
+        first = self.factors[self.trainable_factors[0]]
+        if not hasattr(first, "detach"):
+            return np.ascontiguousarray(self.apply(np.eye(self.shape[1], dtype=first.dtype)).T)
+        import torch
+
+        return self.apply(torch.eye(self.shape[1], dtype=first.dtype, device=first.device)).T.contiguous()
 
     def error(self, layer: Any) -> float:
         """Relative Frobenius error against the weight; the absolute one where the weight is zero."""

@@ -135,29 +135,47 @@ class PermutedDiagonal(Structure):
         return None if best is None else cls.from_dense(search.layer, block=best)
 
     def apply(self, x: Any) -> Any:
-        """Gathers the x that meets every diagonal, some block columns at a time."""
         if x.shape[-1] != self.shape[1]:
             raise ModelError(f"{self.name} takes {self.shape[1]} features, got an input of shape {tuple(x.shape)}")
-        p, lead = self.block, x.shape[:-1]
+        blocks = to_blocks(x, self.taps, self.block)  # (rows of x, columns, p)
+        if hasattr(x, "detach"):
+            import torch
+
+            from tvm_structured.structures.diagonal_sparse import sparse_product
+
+            diagonals = torch.as_tensor(self.diagonals, device=x.device)
+            y: Any = sparse_product(blocks.reshape(blocks.shape[0], -1), diagonals, self.shifts)
+        else:
+            y = self._gathered(blocks)
+        return y[:, : self.shape[0]].reshape((*x.shape[:-1], self.shape[0]))
+
+    def _gathered(self, blocks: Array) -> Array:
+        """Gathers the x that meets every diagonal, some block columns at a time."""
+        p, count = self.block, blocks.shape[0]
         rows, columns = self.diagonals.shape[:2]
-        blocks = to_blocks(x, self.taps, p)  # (rows of x, columns, p)
-        number = as_index(np.arange(columns)[:, None], x)
-        within = (as_index(self.shifts, x)[:, :, None] + as_index(np.arange(p), x)) % p
-        step = max(1, GATHERED // max(1, blocks.shape[0] * rows * p))
+        number, within = np.arange(columns)[:, None], column_in_block(self.shifts, p)
+        step = max(1, GATHERED // max(1, count * rows * p))
         y: Any = 0
         for first in range(0, columns, step):
             some = slice(first, min(first + step, columns))
             y = y + (blocks[:, number[some], within[:, some]] * self.diagonals[:, some]).sum(2)
-        return y.reshape((blocks.shape[0], rows * p))[:, : self.shape[0]].reshape((*lead, self.shape[0]))
+        gathered: Array = y.reshape((count, rows * p))
+        return gathered
 
-    def dense(self) -> Array:
+    def dense(self) -> Any:
+        """(out, in); of the kind of the diagonals, and differentiable where they are a torch tensor."""
         p, (out, inner) = self.block, self.shape
         rows, columns = self.diagonals.shape[:2]
-        full: Array = np.zeros((rows, p, columns, p), dtype=self.diagonals.dtype)
-        i, j, c = np.ogrid[:rows, :columns, :p]
-        full[i, c, j, column_in_block(self.shifts, p)] = self.diagonals
+        if hasattr(self.diagonals, "detach"):
+            from tvm_structured.structures.diagonal_sparse import scattered
+
+            full: Any = scattered(self.diagonals, self.shifts)
+        else:
+            full = np.zeros((rows, p, columns, p), dtype=self.diagonals.dtype)
+            i, j, c = np.ogrid[:rows, :columns, :p]
+            full[i, c, j, column_in_block(self.shifts, p)] = self.diagonals
         by_taps = full.reshape(rows * p, self.taps, -1)[:out, :, : inner // self.taps]
-        return np.ascontiguousarray(by_taps.reshape(out, inner))
+        return by_taps.reshape(out, inner)
 
     def flops(self, rows: int) -> int:
         return 2 * rows * self.num_params
@@ -171,15 +189,6 @@ def affordable_blocks(layer: Layer, budget: Budget) -> list[int]:
     limits = [limit * layer.num_params for limit in (budget.max_params, budget.max_flops) if limit is not None]
     blocks = [int(size["block"]) for size in PermutedDiagonal.sizes(layer)]
     return [p for p in blocks if all(padded_params(layer, p) <= limit for limit in limits)]
-
-
-def as_index(index: Any, x: Any) -> Any:
-    """An index array of the kind and on the device of x."""
-    if not hasattr(x, "detach"):
-        return np.asarray(index)
-    import torch
-
-    return torch.as_tensor(index, device=x.device)
 
 
 def to_blocks(x: Any, taps: int, p: int) -> Any:

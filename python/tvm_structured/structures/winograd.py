@@ -164,9 +164,9 @@ class Winograd(Structure):
         """Points in one dimension, tile + r - 1."""
         return self.tile + self.kernel - 1
 
-    def dense(self) -> Array:
-        """(out, r * r * in), channel fastest."""
-        return np.ascontiguousarray(np.asarray(self.weight).transpose(0, 2, 3, 1).reshape(self.shape))
+    def dense(self) -> Any:
+        """(out, r * r * in), channel fastest; of the kind of the weight."""
+        return self.weight.swapaxes(1, 2).swapaxes(2, 3).reshape(self.shape)
 
     def transformed_weight(self) -> Array:
         """G g G^T in float32, computed in float64, (points^2, out, in): vec(G g G^T) = (G kron G) vec(g)."""
