@@ -6,6 +6,7 @@
     ├── TargetError (ValueError)                 a target TVM does not know
     ├── PlanError (ValueError)                   a plan that is broken or belongs to another model
     ├── BudgetError (ValueError)                 a budget that is malformed or that nobody can reach
+    ├── CheckpointError (ValueError)             a checkpoint of a training that is broken or of another training
     ├── KernelNotFoundError (LookupError)        no kernel for a structure on a target
     ├── RemovedNameError (AttributeError)        a name of TVM's Relay that is gone
     └── VTAError (ValueError)                    the accelerator: a configuration, a program or its text
@@ -45,6 +46,10 @@ class PlanError(StructuredError, ValueError):
 
 class BudgetError(StructuredError, ValueError):
     """The budget is malformed, or no structure reaches it."""
+
+
+class CheckpointError(StructuredError, ValueError):
+    """A checkpoint of a training is broken or belongs to another training."""
 
 
 class KernelNotFoundError(StructuredError, LookupError):

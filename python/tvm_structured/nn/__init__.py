@@ -2,6 +2,8 @@
 
     StructuredLinear(512, 256, structure="block_circulant", block=8)
     convert(model, 0.25)        every layer to its nearest structure of a quarter of the parameters
+    recover(model, dense, data) layer by layer, on unlabelled data
+    fine_tune(model, data)      the whole network, with labels or a teacher
     module.to_structure()       the trained member, exactly
 
 Importing this package also registers the torch operators that `torch.export.load` needs for a saved program.
@@ -19,6 +21,18 @@ except ImportError:
     ) from None
 
 from tvm_structured.nn.convert import convert, convertible_layers
+from tvm_structured.nn.fine_tune import FineTuning, fine_tune
+from tvm_structured.nn.recover import Recovery, recover
 from tvm_structured.nn.structured import Structured, StructuredConv2d, StructuredLinear
 
-__all__ = ["Structured", "StructuredConv2d", "StructuredLinear", "convert", "convertible_layers"]
+__all__ = [
+    "FineTuning",
+    "Recovery",
+    "Structured",
+    "StructuredConv2d",
+    "StructuredLinear",
+    "convert",
+    "convertible_layers",
+    "fine_tune",
+    "recover",
+]

@@ -1,0 +1,188 @@
+"""fine_tune: train a converted network until it is as good as it was, with or without the dense one as its teacher."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from tvm_structured.errors import CheckpointError, ModelError
+from tvm_structured.nn.batches import Batches, device_of, move
+from tvm_structured.nn.checkpoints import check_same, describe_model, load_checkpoint, save_checkpoint
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """What a training came to: the mean loss of every epoch, the score after it (of `evaluate`), and its time."""
+
+    losses: tuple[float, ...]
+    scores: tuple[float, ...]
+    seconds: float
+
+
+def fine_tune(
+    model: nn.Module,
+    data: Any,
+    *,
+    epochs: int = 10,
+    lr: float = 1e-3,
+    batch: int = 64,
+    loss: Loss = F.cross_entropy,
+    teacher: nn.Module | None = None,
+    distill: float = 0.5,
+    temperature: float = 2.0,
+    optimizer: Callable[[Any], torch.optim.Optimizer] | None = None,
+    clip: float | None = 1.0,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    checkpoint: Any = None,
+    seed: int = 0,
+    device: Any = None,
+    autocast: torch.dtype | None = None,
+    progress: bool = True,
+) -> FineTuning:
+    """Train a model in place and leave it in evaluation mode: AdamW under a one-cycle learning rate, or `optimizer`.
+
+    data: a pair (inputs, targets) of arrays, or a DataLoader or list of such batches (see `Batches`).
+    lr: the highest learning rate. batch: rows of a batch where arrays are given.
+    loss(output, target): a scalar. teacher: a trained network whose outputs are taken as soft targets (Hinton et al.
+    2015) at `temperature`; `distill` is their share of the loss. Data without targets is distilled alone.
+    optimizer(parameters): replaces AdamW. clip: the largest norm of the gradient, None for no limit.
+    evaluate(model): a score after each epoch, for the record. autocast: run the forward pass in that type.
+    checkpoint: a file that is rewritten after every epoch and from which an interrupted training goes on, to the same
+    weights as an uninterrupted one on the same machine. `seed` draws order and dropout; torch's own generator is
+    left as it was.
+
+    Raises ModelError for data that cannot be read and for a loss that is no longer finite, CheckpointError for a
+    checkpoint that is broken or of another training.
+    """
+    device = torch.device(device) if device is not None else device_of(model)
+    batches = Batches(data, batch, seed)
+    model.to(device)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained or epochs < 1:
+        raise ModelError(f"nothing to train: {len(trained)} trainable parameters, {epochs} epochs")
+    step_by = optimizer(trained) if optimizer is not None else torch.optim.AdamW(trained, lr, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(step_by, max_lr=lr, total_steps=epochs * len(batches))
+    criterion = Criterion(loss, teacher if teacher is None else teacher.to(device).eval(), distill, temperature)
+    settings = {"epochs": epochs, "lr": lr, "steps": len(batches), "seed": seed, "model": describe_model(model)}
+    run = Run(model, step_by, schedule, settings, checkpoint)
+    start = time.perf_counter()
+    with (
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        tqdm(total=epochs * len(batches), desc="fine-tuning", unit="batch", disable=not progress) as bar,
+    ):
+        torch.manual_seed(seed)
+        run.resume(device)
+        bar.update(len(run.losses) * len(batches))
+        for epoch in range(len(run.losses), epochs):
+            model.train()
+            total = rows = 0.0
+            for inputs, targets in batches.epoch(epoch):
+                x, y = move(inputs, device), move(targets, device)
+                with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+                    value = criterion(model(x), x, y)
+                step_by.zero_grad()
+                value.backward()
+                if clip is not None:
+                    nn.utils.clip_grad_norm_(trained, clip)
+                step_by.step()
+                schedule.step()
+                total, rows = total + value.item() * len(x), rows + len(x)
+                bar.update()
+            run.end_epoch(checked(total / rows, epoch, lr), evaluate, device)
+            bar.set_postfix(loss=f"{run.losses[-1]:.4f}", **({"score": f"{run.scores[-1]:.4f}"} if evaluate else {}))
+    model.eval()
+    return FineTuning(tuple(run.losses), tuple(run.scores), time.perf_counter() - start)
+
+
+def checked(loss: float, epoch: int, lr: float) -> float:
+    if not math.isfinite(loss):
+        raise ModelError(f"the loss became {loss} in epoch {epoch + 1}; lower lr={lr}, or clip the gradient")
+    return loss
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """The loss of an output: against the target, against the teacher's output, or a mean of both."""
+
+    loss: Loss
+    teacher: nn.Module | None
+    distill: float
+    temperature: float
+
+    def __call__(self, output: Any, x: Any, target: Any) -> Tensor:
+        if target is None and self.teacher is None:
+            raise ModelError("the data has no targets; give pairs (inputs, targets) or a teacher")
+        if self.teacher is None:
+            return self.loss(output, target)
+        soft = self.soft_loss(output, x)
+        return soft if target is None else (1 - self.distill) * self.loss(output, target) + self.distill * soft
+
+    def soft_loss(self, output: Tensor, x: Any) -> Tensor:
+        """T^2 KL(teacher / T, output / T), whose gradients keep their scale whatever T is."""
+        assert self.teacher is not None
+        with torch.no_grad():
+            expected = self.teacher(x)
+        t = self.temperature
+        found, wanted = (F.log_softmax(logits / t, dim=-1).flatten(0, -2) for logits in (output, expected))
+        return t * t * F.kl_div(found, wanted, reduction="batchmean", log_target=True)
+
+
+@dataclass
+class Run:
+    """A training's state, and its way to and from the checkpoint."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    settings: dict[str, Any]
+    path: Any
+    losses: list[float] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+
+    def end_epoch(self, loss: float, evaluate: Callable[[nn.Module], float] | None, device: torch.device) -> None:
+        """Record an epoch and write the checkpoint."""
+        self.losses.append(loss)
+        if evaluate is not None:
+            self.model.eval()
+            self.scores.append(float(evaluate(self.model)))
+        if self.path is not None:
+            save_checkpoint(self.path, self.state(device))
+
+    def state(self, device: torch.device) -> dict[str, Any]:
+        return {
+            "settings": self.settings,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": {k: v for k, v in self.schedule.state_dict().items() if isinstance(v, (int, float, list))},
+            "losses": self.losses,
+            "scores": self.scores,
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        }
+
+    def resume(self, device: torch.device) -> None:
+        """Go on where the checkpoint ends, if there is one."""
+        state = None if self.path is None else load_checkpoint(self.path)
+        if state is None:
+            return
+        check_same(self.path, state, self.settings)
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
+            self.losses, self.scores = list(state["losses"]), list(state["scores"])
+            torch.set_rng_state(state["random"])
+            if device.type == "cuda" and state["random_cuda"] is not None:
+                torch.cuda.set_rng_state(state["random_cuda"], device)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{self.path}: the checkpoint is incomplete ({error}); delete it") from None
