@@ -18,7 +18,8 @@ _plugin.check_versions()
 _plugin.autoload()
 
 if TYPE_CHECKING:
-    from tvm_structured.compiler import compile
+    from tvm_structured.calibration import Quantization
+    from tvm_structured.compiler import compile, quantize
     from tvm_structured.errors import (
         BudgetError,
         KernelNotFoundError,
@@ -38,7 +39,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "compiler": ("compile",),
+    "calibration": ("Quantization",),
+    "compiler": ("compile", "quantize"),
     "errors": ("BudgetError", "KernelNotFoundError", "ModelError", "PlanError", "StructuredError", "TargetError"),
     "inspection": ("inspect",),
     "module": ("Compiled", "load"),
@@ -66,6 +68,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "Profile",
+    "Quantization",
     "Report",
     "Structure",
     "StructuredError",
@@ -76,6 +79,7 @@ __all__ = [
     "make_plan",
     "nn",
     "options",
+    "quantize",
     "relay",
 ]
 

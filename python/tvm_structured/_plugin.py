@@ -28,9 +28,10 @@ def autoload() -> None:
 
     if tvm.base._RUNTIME_ONLY:  # no operator registry there
         return
-    from tvm_structured import dialect
+    from tvm_structured import dialect, quantized
 
     dialect.register()
+    quantized.register()
 
 
 def check_versions() -> None:

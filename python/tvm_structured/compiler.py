@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from tvm_structured.calibration import Quantization, calibrate
 from tvm_structured.errors import ModelError, PlanError, StructuredError
 from tvm_structured.frontend import Imported, first_line, import_model
 from tvm_structured.module import FORMAT, METADATA, Compiled
 from tvm_structured.planning import Plan, make_plan
 from tvm_structured.progress import stage
-from tvm_structured.report import make_report
+from tvm_structured.report import Report, make_report
 from tvm_structured.structures import Layer, Structure
 from tvm_structured.targets import resolve_target
 
@@ -26,6 +29,8 @@ def compile(
     plan: Any = None,
     database: Any = None,
     measure: bool = True,
+    calibration: Any = None,
+    quantization: Quantization | None = None,
 ) -> Compiled:
     """Compile a model with structured layers.
 
@@ -36,14 +41,73 @@ def compile(
     records are used for the functions that have no structured kernel.
     measure: time candidates on this machine once (kept in a file, see `tvm-structured costs`) and use only
     what beats the dense layer; False, and targets that do not run here, predict instead.
+    calibration: sample inputs; with them, or with `quantization` (how, see `Quantization`), layers compute in int8 and
+    the result is near the model's only, see `quantize`.
 
     Raises ModelError, TargetError, PlanError or BudgetError.
     """
     target = resolve_target(target)
     imported = import_model(model, inputs)
+    if calibration is not None or quantization is not None:
+        samples = inputs if calibration is None else calibration
+        return build_int8(int8_model(imported, samples, quantization, target, budget, plan), target, database)
     mod = canonicalize(imported, target)
     plan = settle_plan(mod, target, budget, plan, measure)
     return build(mod, imported, plan, target, database)
+
+
+def quantize(
+    model: Any,
+    inputs: Any = None,
+    calibration: Any = None,
+    quantization: Quantization | None = None,
+    budget: Any = None,
+    plan: Any = None,
+) -> Any:
+    """The model in int8 as a Relax module of plain integer operators, for `compile` with any target.
+
+    calibration: sample inputs on which the ranges of activations are observed: an array of samples, a tuple or dict of
+    them for several inputs, or an iterable of batches (such as a DataLoader; labels behind the inputs are left out);
+    the example inputs, if left out. Activations are symmetric int8, weights int8 with a scale for each channel; what
+    has no integer form stays float32. The other arguments are those of `compile`; structures are chosen by numbers of
+    operations. The result's `main` takes and returns float32.
+
+    Raises ModelError, PlanError or BudgetError.
+    """
+    imported = import_model(model, inputs)
+    samples = inputs if calibration is None else calibration
+    return int8_model(imported, samples, quantization, resolve_target("host"), budget, plan).mod
+
+
+@dataclass(frozen=True, eq=False)
+class Int8Model:
+    """A quantized module, and what its layers were before."""
+
+    mod: Any
+    imported: Imported
+    plan: Plan
+    report: Report
+
+
+def int8_model(
+    imported: Imported, samples: Any, options: Quantization | None, target: Any, budget: Any, plan: Any
+) -> Int8Model:
+    """Canonical module, plan, structured layers split into parts, ranges, integers."""
+    from tvm_structured.relay_passes.find_layers import find_calls, find_layers
+    from tvm_structured.relay_passes.quantize import Quantize
+    from tvm_structured.relay_passes.rewrite_layers import RewriteLayers
+    from tvm_structured.relay_passes.split_layers import SplitLayers
+
+    options = Quantization() if options is None else options
+    if samples is None:
+        raise ModelError("quantization needs samples of the model's inputs: give calibration=array (or example inputs)")
+    mod = canonicalize(imported)
+    plan = settle_plan(mod, None, budget, plan).without_algorithms(find_layers(mod))
+    report = make_report(find_calls(mod), plan, "int8")
+    mod = RewriteLayers({name: plan.choices[name] for name in find_layers(mod)})(mod)
+    mod = SplitLayers()(mod)
+    ranges = calibrate(mod, imported.inputs, samples, options, target)
+    return Int8Model(Quantize(ranges, options.kept(list(find_calls(mod))))(mod), imported, plan, report)
 
 
 def canonicalize(imported: Imported, target: Any = None) -> Any:
@@ -54,7 +118,8 @@ def canonicalize(imported: Imported, target: Any = None) -> Any:
 
 
 def settle_plan(mod: Any, target: Any, budget: Any = None, plan: Any = None, measure: bool = True) -> Plan:
-    """The plan for a canonical module: the one given, made concrete, or a new one, guarded by costs."""
+    """The plan for a canonical module: the one given, made concrete, or a new one, guarded by costs on the target;
+    without a target by numbers of operations."""
     from tvm_structured.cost_store import CostStore
     from tvm_structured.costs import Prices
     from tvm_structured.detection_store import DetectionStore
@@ -67,7 +132,7 @@ def settle_plan(mod: Any, target: Any, budget: Any = None, plan: Any = None, mea
             raise ModelError(
                 "a budget was given, but the model has no layer with a constant float32 weight to apply it to"
             )
-        prices = Prices(find_calls(mod), target, CostStore(), measure)
+        prices = None if target is None else Prices(find_calls(mod), target, CostStore(), measure)
         return make_plan(layers, budget, prices, DetectionStore()).with_given(given)
     if budget is not None:
         raise ModelError("give a plan or a budget, not both: the plan already says what every layer becomes")
@@ -80,20 +145,39 @@ def settle_plan(mod: Any, target: Any, budget: Any = None, plan: Any = None, mea
 
 def build(mod: Any, imported: Imported, plan: Plan, target: Any, database: Any) -> Compiled:
     """Rewrite by plan, schedule and compile."""
+    from tvm_structured.relay_passes.find_layers import find_calls, find_layers
+
+    report = make_report(find_calls(mod), plan, cpu_name(target))
+    choices = {name: plan.choices[name] for name in find_layers(mod)}
+    return assemble(mod, choices, imported, plan, report, target, database)
+
+
+def build_int8(model: Int8Model, target: Any, database: Any) -> Compiled:
+    """Schedule and compile a quantized module; its layers are what they shall be."""
+    return assemble(model.mod, {}, model.imported, model.plan, model.report, target, database)
+
+
+def assemble(
+    mod: Any,
+    choices: Mapping[str, Structure],
+    imported: Imported,
+    plan: Plan,
+    report: Report,
+    target: Any,
+    database: Any,
+) -> Compiled:
+    """Rewrite by the choices, lower, schedule and compile, with a description inside."""
     import tvm
 
-    from tvm_structured.relay_passes.find_layers import find_calls, find_layers
     from tvm_structured.relay_passes.mark_layers import kernel_calls
     from tvm_structured.relay_passes.pipeline import structured_pipeline
 
-    report = make_report(find_calls(mod), plan, target.attrs.get("mcpu", target.kind.name))
     metadata = {
         "format": FORMAT,
-        "target": str(target.attrs.get("mcpu", target.kind.name)),
+        "target": cpu_name(target),
         "inputs": [spec.to_json() for spec in imported.inputs],
         "report": report.to_dict(),
     }
-    choices = {name: plan.choices[name] for name in find_layers(mod)}
     try:
         with target, stage("Compiling"):
             lowered = structured_pipeline(choices, target, database)(mod)
@@ -104,6 +188,10 @@ def build(mod: Any, imported: Imported, plan: Plan, target: Any, database: Any) 
             raise
         raise ModelError(f"TVM cannot compile this model for {target}: {first_line(error)}") from error
     return Compiled(executable, metadata, plan, lowered)
+
+
+def cpu_name(target: Any) -> str:
+    return str(target.attrs.get("mcpu", target.kind.name))
 
 
 def with_metadata(mod: Any, metadata: dict[str, Any]) -> Any:

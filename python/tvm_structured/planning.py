@@ -77,6 +77,16 @@ class Plan:
         notes = {name: Note(0.0, "the model's own structure") for name in given}
         return Plan({**self.choices, **given}, {**self.notes, **notes})
 
+    def without_algorithms(self, layers: Mapping[str, Layer]) -> Plan:
+        """The plan with layers dense that would be computed by another algorithm in real numbers (Winograd): in
+        integers it is none."""
+        choices, notes = dict(self.choices), dict(self.notes)
+        for name, choice in self.choices.items():
+            if isinstance(choice, Structure) and choice.is_lossless and choice.name != Unstructured.name:
+                reason = f"{choice.name} is no algorithm for integers"
+                choices[name], notes[name] = keep_dense(layers[name], reason)
+        return Plan(choices, notes)
+
     def without(self, names: Iterable[str]) -> Plan:
         """The plan less some layers."""
         left_out = set(names)

@@ -1,0 +1,203 @@
+"""Layers with constant weights  -->  quantized layers.
+
+`quantize_layer` takes the quantizer (see quantize.py), the layer and the variable of its result, and returns (int8
+expression, scale), or None where the layer stays float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from tvm import relax
+
+from tvm_structured.dialect import LayerCall, constant
+from tvm_structured.quantized import QuantizedCall, part_name
+from tvm_structured.relay_passes.compose_epilogue import operands_of
+from tvm_structured.relay_passes.integer_scales import Channels, fit_channels, fit_scale, to_int8
+from tvm_structured.structures import BlockCirculant, PermutedDiagonal, Structure, TensorTrain, Unstructured
+from tvm_structured.structures.layer import Array
+from tvm_structured.structures.tt_order import core_matrix
+
+Made = tuple[Any, float] | None
+
+
+def quantize_layer(quantizer: Any, layer: LayerCall, var: Any) -> Made:
+    y_scale = quantizer.scale_of(var)
+    x = quantizer.integer(layer.x)
+    if x is None or y_scale is None or any(constant(factor) is None for factor in layer.factors):
+        return None
+    end = Ending.of(quantizer, layer, y_scale)
+    if end is None:
+        return None
+    structure = layer.to_structure()
+    if isinstance(structure, TensorTrain):
+        return quantize_train(quantizer, layer, structure, x, end)
+    weight = weight_of(layer, structure, end.scale)
+    call = quantized_weight(weight, end.bias, x.scale, y_scale)
+    if call is None:
+        return None
+    if layer.conv is not None:
+        geometry = layer.conv
+        call = replace(
+            call,
+            op="conv2d",
+            strides=geometry.stride,
+            padding=geometry.padding,
+            dilation=geometry.dilation,
+            groups=geometry.groups,
+        )
+    return end.finish(replace(call, layer=layer.layer, inputs=(x.expr,))).to_relax(), y_scale
+
+
+@dataclass(frozen=True, eq=False)
+class Ending:
+    """The epilogue of a layer in integers. `scale` (or None) and `bias` are real, (out,)."""
+
+    y_scale: float
+    scale: Array | None
+    bias: Array
+    low: int
+    high: int
+    residual: tuple[Any, ...]  # nothing, or the int8 tensor
+    factor: tuple[int, int] | None  # multiplier and shift of the residual
+
+    @classmethod
+    def of(cls, quantizer: Any, layer: LayerCall, y_scale: float) -> Ending | None:
+        operands, epilogue = operands_of(layer), layer.epilogue
+        vectors = {name: constant(operands[name]) for name in ("scale", "bias") if name in operands}
+        if any(value is None for value in vectors.values()) or epilogue.activation not in ("none", "relu", "clip"):
+            return None
+        bias = vectors.get("bias", np.zeros(out_features(layer), np.float32))
+        residual, factor = (), None
+        if epilogue.residual:
+            other = quantizer.integer(operands["residual"])
+            factor = None if other is None else fit_scale(other.scale / y_scale)
+            if factor is None:
+                return None
+            residual = (other.expr,)
+        bounds = clip_bounds(epilogue.activation, epilogue.low, epilogue.high, y_scale)
+        return cls(y_scale, vectors.get("scale"), bias.astype(np.float64), *bounds, residual, factor)
+
+    def finish(self, call: QuantizedCall) -> QuantizedCall:
+        """The call with residual and bounds."""
+        call = replace(call, inputs=(*call.inputs, *self.residual), low=self.low, high=self.high)
+        if self.factor is None:
+            return call
+        return replace(call, multipliers=(self.factor[0],), shifts=(self.factor[1],))
+
+
+def out_features(layer: LayerCall) -> int:
+    from tvm_structured.dialect import matrix_shape
+
+    return matrix_shape(layer)[0]
+
+
+def clip_bounds(activation: str, low: float, high: float, scale: float) -> tuple[int, int]:
+    """The activation as bounds of the int8 result."""
+    if activation == "none":
+        return -128, 127
+    if activation == "relu":
+        return 0, 127
+    return int(np.clip(round(low / scale), -128, 127)), int(np.clip(round(high / scale), -128, 127))
+
+
+@dataclass(frozen=True, eq=False)
+class RealWeight:
+    """matrix: (out, ...) float64. Rows of one group (an index for each row) must have the same scale. `pack` gives the
+    structure's int8 factors for scales of the rows; None for a plain weight."""
+
+    matrix: Array
+    groups: Array | None = None
+    structure: Structure | None = None
+
+    def int8(self, scale: Array) -> tuple[Array, ...]:
+        """The factors that the operator takes, for scales of the rows."""
+        if isinstance(self.structure, BlockCirculant):
+            return (to_int8(self.structure.c, scale[:: self.structure.block, None, None]),)
+        if isinstance(self.structure, PermutedDiagonal):
+            diagonals, shifts = self.structure.diagonals, self.structure.shifts
+            rows = np.pad(scale, (0, len(diagonals) * self.structure.block - len(scale)), mode="edge")
+            by_row = rows.reshape(len(diagonals), 1, self.structure.block)
+            return to_int8(diagonals, by_row), np.asarray(shifts, np.int64)
+        return (to_int8(self.matrix, scale.reshape(-1, *[1] * (self.matrix.ndim - 1))),)
+
+
+def weight_of(layer: LayerCall, structure: Structure, scale: Array | None) -> RealWeight:
+    """The weight, with the epilogue's scale in it where its rows may differ."""
+    if isinstance(structure, (BlockCirculant, PermutedDiagonal)) and scale is None:
+        matrix = np.asarray(structure.dense())
+        by_block = isinstance(structure, BlockCirculant)
+        return RealWeight(matrix, np.arange(len(matrix)) // structure.block if by_block else None, structure)
+    matrix = layer.to_layer().weight if isinstance(structure, Unstructured) else np.asarray(structure.dense())
+    matrix = matrix.astype(np.float64)
+    if scale is not None:
+        matrix = matrix * scale.reshape(-1, *[1] * (matrix.ndim - 1))
+    return RealWeight(matrix)
+
+
+def quantized_weight(weight: RealWeight, bias: Array, x_scale: float, y_scale: float) -> QuantizedCall | None:
+    """A dense call without inputs; None where the sums do not fit 32 bits."""
+    rows = np.abs(weight.matrix).reshape(len(weight.matrix), -1)
+    largest = rows.max(axis=1)
+    if weight.groups is not None:
+        by_group = np.zeros(int(weight.groups[-1]) + 1)
+        np.maximum.at(by_group, weight.groups, largest)
+        largest = by_group[weight.groups]
+    channels = fit_channels(largest, rows.sum(axis=1, dtype=np.float64), rows.shape[1], bias, x_scale, y_scale)
+    if channels is None:
+        return None
+    call = QuantizedCall(
+        "dense",
+        (),
+        constants_of(weight.int8(channels.scale), bias, channels, x_scale),
+        shift=channels.shift,
+    )
+    if weight.structure is None:
+        return call
+    return replace(call, structure=weight.structure.name, sizes=weight.structure.sizes_of)
+
+
+def constants_of(factors: tuple[Array, ...], bias: Array, channels: Channels, x_scale: float) -> tuple[Any, ...]:
+    integer_bias = np.rint(bias / (channels.scale * x_scale)).astype(np.int32)
+    return tuple(relax.const(np.ascontiguousarray(array)) for array in (*factors, integer_bias, channels.multiplier))
+
+
+def quantize_train(quantizer: Any, layer: LayerCall, structure: TensorTrain, x: Any, end: Ending) -> Made:
+    """One stage for each core, int8 between them. A scale by feature fits no core: such a layer stays float32."""
+    if end.scale is not None:
+        return None
+    stages = structure.order.stages
+    state = x.expr, x.scale
+    for stage in stages:
+        is_last, name = stage is stages[-1], part_name(layer.layer, f"core{stage.core}")
+        y_scale = end.y_scale if is_last else quantizer.scale(name)
+        if y_scale is None:
+            return None
+        matrix = np.asarray(core_matrix(structure.cores[stage.core], structure.order.is_last_core_first), np.float64)
+        bias = end.bias if is_last else np.zeros(stage.lead * stage.rows * stage.trail)
+        call = quantized_stage(matrix, stage, bias, state[1], y_scale)
+        if call is None:
+            return None
+        call = replace(call, layer=name, inputs=(state[0],))
+        if is_last:
+            return end.finish(call).to_relax(), y_scale
+        state = quantizer.emit(call.to_relax()), y_scale
+    return None
+
+
+def quantized_stage(matrix: Array, stage: Any, bias: Array, x_scale: float, y_scale: float) -> QuantizedCall | None:
+    """Rows of the core have a scale each; bias and multipliers belong to the features of the result."""
+
+    def spread(rows: Array) -> Array:
+        return np.broadcast_to(rows[None, :, None], (stage.lead, stage.rows, stage.trail)).reshape(-1)
+
+    magnitudes = np.abs(matrix)
+    sums, largest = magnitudes.sum(axis=1), magnitudes.max(axis=1)
+    channels = fit_channels(spread(largest), spread(sums), stage.depth, bias, x_scale, y_scale)
+    if channels is None:
+        return None
+    by_row = channels.scale.reshape(stage.lead, stage.rows, stage.trail)[0, :, 0]
+    constants = constants_of((to_int8(matrix, by_row[:, None]),), bias, channels, x_scale)
+    return QuantizedCall("stage", (), constants, sizes={"lead": stage.lead, "trail": stage.trail}, shift=channels.shift)
