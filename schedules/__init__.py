@@ -6,6 +6,7 @@ from tvm_structured.schedules.base import Config, ConvGeometry, Epilogue, Kernel
 from tvm_structured.schedules.block_circulant import BlockCirculantKernel
 from tvm_structured.schedules.conv2d import Conv2dKernel
 from tvm_structured.schedules.cpu import Cpu
+from tvm_structured.schedules.debut import DeButKernel
 from tvm_structured.schedules.dense import DenseKernel
 from tvm_structured.schedules.low_rank import LowRankKernel
 from tvm_structured.schedules.permuted_diagonal import PermutedDiagonalKernel
@@ -18,6 +19,7 @@ KERNELS: dict[str, Kernel] = {
         DenseKernel(),
         Conv2dKernel(),
         BlockCirculantKernel(),
+        DeButKernel(),
         LowRankKernel(),
         PermutedDiagonalKernel(),
         TensorTrainKernel(),
