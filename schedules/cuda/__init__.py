@@ -16,8 +16,9 @@ The protocol is that of `schedules.base.Kernel` with a `GpuSite`. Every PrimFunc
 from __future__ import annotations
 
 from tvm_structured.schedules.base import Kernel
+from tvm_structured.schedules.cuda.block_circulant import BlockCirculantKernel
 from tvm_structured.schedules.cuda.low_rank import LowRankKernel
 
-CUDA_KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (LowRankKernel(),)}
+CUDA_KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (BlockCirculantKernel(), LowRankKernel())}
 
 __all__ = ["CUDA_KERNELS"]

@@ -110,7 +110,7 @@ __device__ __forceinline__ void ts_fma(float* c, const float* a, const float* b,
   int lane = threadIdx.x & 31;
   const float* pa = a + (lane >> 2) * LD;
   const float* pb = b + (lane & 3) * 2 * LD;
-#pragma unroll
+#pragma unroll 2
   for (int k = 0; k < K; k += 4) {
     float4 vb[NI][2];
 #pragma unroll

@@ -65,7 +65,8 @@ def pack_units(weight: np.ndarray, few: Few, dtype: str) -> np.ndarray:
 class FewRows:
     """Emits one such kernel.
 
-    rows: of x. units: (out, in). sums: results of one output unit for one row.
+    rows: of x. units: (out, in). sums: results of one output unit for one row. share: so many output units in
+    succession use the same weights; `few.group` is 1 then.
     multiply(kernel, acc, first, unit, weight, x, row): adds to `sums` registers of acc from `first` on what the unit
     contributes; `weight` and `x` are float32 registers. fetch(kernel, unit, row) -> x in float32 registers.
     """
@@ -80,9 +81,10 @@ class FewRows:
         sums: int,
         packed: Any,
         tensorize: bool,
+        share: int = 1,
     ) -> None:
         self.few, self.dtype, self.rows, self.units, self.size, self.sums = few, dtype, rows, units, size, sums
-        self.packed, self.tensorize = packed, tensorize
+        self.packed, self.tensorize, self.share = packed, tensorize, share
         self.vector = VECTOR_BYTES // BYTES[dtype]
         self.chunks = -(-size // self.vector)
 
@@ -129,7 +131,7 @@ class FewRows:
         raw = t.registers(few.group * width, self.dtype)
         for g in range(few.group):
             for chunk in range(self.chunks):
-                vector = load_vector(self.packed, (self.group, g, chunk, unit, 0), self.vector)
+                vector = load_vector(self.packed, (self.group // self.share, g, chunk, unit, 0), self.vector)
                 raw.set_vector((g * self.chunks + chunk) * self.vector, vector, self.vector)
         for i in range(few.group * width):
             weight[i] = f32(raw[i])
@@ -161,6 +163,11 @@ class FewRows:
             value = f32(x[row, first + k])
             values[k] = value if exists is None else tirx.if_then_else(exists(k), value, f32(0.0))
         return values
+
+    def fetch_one(self, x: Any, row: Any, column: Any, exists: Any) -> Any:
+        """x[row, column] in float32, zero unless it exists."""
+        value = f32(x[row, column])
+        return value if exists is True else tirx.if_then_else(exists, value, f32(0.0))
 
     def _reduce(self, acc: Registers, count: int, store: Any) -> None:
         few, t, out = self.few, self.t, self.units[0]

@@ -105,10 +105,12 @@ class Gemm:
         *,
         planes: int = 1,
         batches: int = 1,
+        split_first: bool = False,
         tensorize: bool = True,
     ) -> None:
         self.tile, self.dtype, self.rows, self.columns = tile, dtype, rows, columns
         self.a, self.b, self.planes, self.batches, self.tensorize = a, b, planes, batches, tensorize
+        self.split_first = split_first
         self.vector = VECTOR_BYTES // BYTES[dtype]
         self.width = tile.depth + self.vector  # a row of a tile in shared memory, padded against bank conflicts
         self.mi, self.ni = tile.rows // tile.warps_m // 16, tile.columns // tile.warps_n // 8
@@ -240,9 +242,17 @@ class Gemm:
 
     def _products(self, acc: Registers, slot: Any) -> None:
         row, column = self._corner()
-        if not self.tensorize:
-            self._plain_products(acc, slot, row, column)
+        multiply = self._tile_products if self.tensorize else self._plain_products
+        if not self.split_first:
+            multiply(acc, slot, row, column, PRODUCTS[self.planes])
             return
+        either(
+            self.where[0] == 0,
+            lambda: multiply(acc, slot, row, column, SPLIT),
+            lambda: multiply(acc, slot, row, column, PRODUCTS[2]),
+        )
+
+    def _tile_products(self, acc: Registers, slot: Any, row: Any, column: Any, products: Products) -> None:
 
         def a(plane: int, k: Any) -> Any:
             return self.shared.address(slot, plane, row, k)
@@ -253,23 +263,25 @@ class Gemm:
         apart = (self.tile.rows + self.tile.columns) * self.width
         if self.dtype == "float32":
             name = f"ts_fma<{self.mi}, {self.ni}, {self.width}, {self.tile.depth}>"
-            for to, left, right, sign in PRODUCTS[self.planes]:
+            for to, left, right, sign in products:
                 call(name, acc.address(to * self.sums), a(left, 0), b(right, 0), f32(sign), source=device_code.FMA)
             return
         parameters = f"{'true' if self.dtype == 'bfloat16' else 'false'}, {self.mi}, {self.ni}, {self.width}"
         for k in range(0, self.tile.depth, 16):
-            if self.planes == 1:
-                call(f"ts_mma<{parameters}>", acc.address(), a(0, k), b(0, k), source=device_code.MMA)
+            if products is not PRODUCTS[2]:
+                for to, left, right, _ in products:
+                    operands = acc.address(to * self.sums), a(left, k), b(right, k)
+                    call(f"ts_mma<{parameters}>", *operands, source=device_code.MMA)
             else:
                 operands = a(0, k), tirx.const(apart, "int32"), b(0, k), tirx.const(apart, "int32")
                 call(f"ts_cmma<{parameters}>", acc.address(), *operands, source=device_code.MMA)
 
-    def _plain_products(self, acc: Registers, slot: Any, row: Any, column: Any) -> None:
+    def _plain_products(self, acc: Registers, slot: Any, row: Any, column: Any, products: Products) -> None:
         with I.serial(0, self.sums) as i:
             m = row + i // (4 * self.ni) * 16 + i % 4 // 2 * 8 + self.t.lane // 4
             n = self.tile.rows + column + i // 4 % self.ni * 8 + self.t.lane % 4 * 2 + i % 2
             with I.serial(0, self.tile.depth) as k:
-                for to, left, right, sign in PRODUCTS[self.planes]:
+                for to, left, right, sign in products:
                     term = f32(self.shared[slot, left, m, k]) * f32(self.shared[slot, right, n, k])
                     acc[to * self.sums + i] = acc[to * self.sums + i] + (term if sign > 0 else f32(0.0) - term)
 
@@ -290,5 +302,9 @@ class Gemm:
                         store(self.t, batch, at_row, exists, at_column, values)
 
 
-# (sum, plane of A, plane of B, sign)
-PRODUCTS = {1: ((0, 0, 0, 1.0),), 2: ((0, 0, 0, 1.0), (1, 0, 1, 1.0), (0, 1, 1, -1.0), (1, 1, 0, 1.0))}
+Products = tuple[tuple[int, int, int, float], ...]  # (sum, plane of A, plane of B, sign)
+SPLIT: Products = ((0, 0, 0, 1.0), (1, 1, 1, 1.0))
+PRODUCTS: dict[int, Products] = {
+    1: ((0, 0, 0, 1.0),),
+    2: ((0, 0, 0, 1.0), (1, 0, 1, 1.0), (0, 1, 1, -1.0), (1, 1, 0, 1.0)),
+}

@@ -19,34 +19,45 @@ LARGE_FLOAT32 = ((64, 64, 16, 2, 2, 3), (128, 64, 16, 4, 2, 3), (128, 128, 16, 4
 FEW_ROWS = 32
 MANY = 8  # rows from which tiles of 16 rows on tensor cores are used
 
+MOST_SUMS = 64  # in a thread's registers
+ROOM = 8192  # partial sums of a block: 32 KB of shared memory
+
 
 def prefers_few(site: GpuSite) -> bool:
     """Whether the rows are too few for tiles; an unknown number counts as many."""
     return isinstance(site.rows, int) and site.rows < MANY
 
 
-def few_space(site: GpuSite, out_units: int, in_units: int) -> Iterator[tuple[int, ...]]:
+def few_space(
+    site: GpuSite, out_units: int, in_units: int, sums: int = 1, group: int | None = None
+) -> Iterator[tuple[int, ...]]:
     """Settings of `few_rows`, the default first: two blocks to a multiprocessor, all their threads busy."""
     rows = site.rows if isinstance(site.rows, int) else 1
-    together = next(r for r in (4, 2, 1) if r <= max(rows, 1))
+    together = next(r for r in (4, 2, 1) if r <= max(rows, 1) and (r == 1 or r * sums <= MOST_SUMS))
     wanted = 2 * site.gpu.multiprocessors
     useful = [threads for threads in (128, 64, 32) if threads <= max(in_units, 32)]
     for threads in (*useful, 256):
-        for group in sorted((1, 2, 4, 8), key=lambda g: abs(out_units / g - wanted)):
-            if group <= max(out_units, 1):
-                yield (threads, group, together)
+        for g in sorted((1, 2, 4, 8) if group is None else (group,), key=lambda g: abs(out_units / g - wanted)):
+            if g == 1 or (
+                g <= out_units and g * together * sums <= MOST_SUMS and g * together * sums * threads <= ROOM
+            ):
+                yield (threads, g, together)
 
 
-def tiles(site: GpuSite, rows: Extent, columns: int, planes: int = 1) -> Iterator[tuple[int, ...]]:
+def tiles(site: GpuSite, rows: Extent, columns: int, planes: int = 1, batches: int = 1) -> Iterator[tuple[int, ...]]:
     """Tiles for a product of that size, the default first: as large as leaves every multiprocessor a block."""
     large = LARGE_FLOAT32 if site.dtype == "float32" else LARGE
+    registers = 64 if site.dtype == "float32" else 128  # for sums; float32 needs many for operands
     fits = [
-        t for t in (*SMALL, *large) if Tile.of(t).shared_bytes(site.dtype, planes) <= site.gpu.dynamic_shared_memory
+        t
+        for t in (*SMALL, *large)
+        if Tile.of(t).shared_bytes(site.dtype, planes) <= site.gpu.dynamic_shared_memory
+        and t[0] * t[1] * planes // Tile.of(t).threads <= registers
     ]
     count = rows if isinstance(rows, int) else 64
 
     def blocks(tile: tuple[int, ...]) -> int:
-        return -(-count // tile[0]) * -(-columns // tile[1])
+        return batches * -(-count // tile[0]) * -(-columns // tile[1])
 
     def cost(tile: tuple[int, ...]) -> tuple[float, int]:
         waves = -(-blocks(tile) // site.gpu.multiprocessors)

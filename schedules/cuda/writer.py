@@ -9,7 +9,7 @@ from tvm.tirx.script.builder import ir as I
 
 from tvm_structured.schedules.base import Extent
 from tvm_structured.schedules.cuda.epilogue import finished
-from tvm_structured.schedules.cuda.threads import Threads, all_of, under
+from tvm_structured.schedules.cuda.threads import BYTES, VECTOR_BYTES, Threads, all_of, under
 from tvm_structured.schedules.emit import arg
 from tvm_structured.schedules.gpu import Gpu, GpuSite
 
@@ -45,8 +45,13 @@ class RowWriter:
 
     def store_run(self, t: Threads, totals: Sequence[Any], row: Any, exists: Any, column: Any) -> None:
         """Columns from `column` on (a multiple of their number), those that exist; in one store where it can be."""
+        most = VECTOR_BYTES // BYTES[self.site.dtype]
+        if len(totals) > most and len(totals) % most == 0:
+            for j in range(0, len(totals), most):
+                self.store_run(t, totals[j : j + most], row, exists, column + j)
+            return
         count = len(totals)
-        if self.out % count:
+        if self.out % count or count not in (2, 4, 8):
             for j in range(count):
                 self.store(totals[j], row, column + j, all_of([exists, column + j < self.out]))
             return
