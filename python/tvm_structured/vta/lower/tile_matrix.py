@@ -1,0 +1,80 @@
+"""A matrix as square tiles: those of zeros are left out, and equal ones are kept once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Tiles = NDArray[np.int8]  # (count, block, block)
+
+
+@dataclass(frozen=True, eq=False)
+class TileMatrix:
+    """entries: (n, 3), row and column in tiles and the tile's number; by column, then row."""
+
+    rows: int
+    columns: int
+    entries: NDArray[np.int64]
+    tiles: Tiles
+
+    @classmethod
+    def from_dense(cls, weight: NDArray[Any], block: int, skip_zeros: bool, share: bool) -> TileMatrix:
+        """Of (out, in) int8."""
+        out, inner = weight.shape
+        rows, columns = -(-out // block), -(-inner // block)
+        whole = np.zeros((rows * block, columns * block), np.int8)
+        whole[:out, :inner] = weight
+        tiles = whole.reshape(rows, block, columns, block).transpose(2, 0, 1, 3).reshape(-1, block, block)
+        column, row = np.divmod(np.arange(rows * columns), rows)
+        return cls._of(rows, columns, row, column, np.ascontiguousarray(tiles), skip_zeros, share)
+
+    @classmethod
+    def from_coordinates(
+        cls, shape: tuple[int, int], row: NDArray[np.int64], column: NDArray[np.int64], values: NDArray[Any], block: int
+    ) -> TileMatrix:
+        """Of the entries that are not zero, each given once; zero tiles are left out, equal ones shared."""
+        rows, columns = -(-shape[0] // block), -(-shape[1] // block)
+        places, position = np.unique(column // block * rows + row // block, return_inverse=True)
+        tiles = np.zeros((len(places), block, block), np.int8)
+        tiles[position.reshape(-1), row % block, column % block] = values
+        return cls._of(rows, columns, places % rows, places // rows, tiles, True, True)
+
+    @classmethod
+    def _of(
+        cls,
+        rows: int,
+        columns: int,
+        row: NDArray[np.int64],
+        column: NDArray[np.int64],
+        tiles: Tiles,
+        skip_zeros: bool,
+        share: bool,
+    ) -> TileMatrix:
+        if skip_zeros:
+            kept = tiles.reshape(len(tiles), -1).any(axis=1)
+            row, column, tiles = row[kept], column[kept], tiles[kept]
+        number = np.arange(len(tiles))
+        if share and len(tiles):
+            raw = tiles.reshape(len(tiles), -1).view(np.dtype((np.void, tiles[0].size))).reshape(-1)
+            _, first, number = np.unique(raw, return_index=True, return_inverse=True)
+            tiles = tiles[first]
+        return cls(rows, columns, np.stack([row, column, number.reshape(-1)], axis=1).astype(np.int64), tiles)
+
+    def part(self, rows: tuple[int, int], columns: tuple[int, int]) -> NDArray[np.int64]:
+        """Entries of the half-open ranges."""
+        e = self.entries
+        low, high = np.searchsorted(e[:, 1], columns)
+        e = e[low:high]
+        return e[(e[:, 0] >= rows[0]) & (e[:, 0] < rows[1])]
+
+    def most_tiles(self, rows: int, columns: int) -> int:
+        """Different tiles in any `rows` by `columns` part of a regular cut."""
+        if not len(self.entries):
+            return 1
+        row, column, number = self.entries.T
+        part = column // columns * (self.rows // rows + 1) + row // rows
+        pairs = np.unique(part * len(self.tiles) + number)
+        return int(np.bincount((pairs // len(self.tiles)).astype(np.int64)).max())
