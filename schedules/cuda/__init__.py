@@ -18,7 +18,15 @@ from __future__ import annotations
 from tvm_structured.schedules.base import Kernel
 from tvm_structured.schedules.cuda.block_circulant import BlockCirculantKernel
 from tvm_structured.schedules.cuda.low_rank import LowRankKernel
+from tvm_structured.schedules.cuda.permuted_diagonal import PermutedDiagonalKernel
 
-CUDA_KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (BlockCirculantKernel(), LowRankKernel())}
+CUDA_KERNELS: dict[str, Kernel] = {
+    kernel.name: kernel
+    for kernel in (
+        BlockCirculantKernel(),
+        LowRankKernel(),
+        PermutedDiagonalKernel(),
+    )
+}
 
 __all__ = ["CUDA_KERNELS"]

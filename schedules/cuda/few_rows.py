@@ -25,6 +25,7 @@ from tvm_structured.schedules.cuda.threads import (
     VECTOR_BYTES,
     Registers,
     Threads,
+    all_of,
     ceildiv,
     f32,
     i32,
@@ -39,12 +40,11 @@ MOST_LANES = 8  # of 128 partial sums, 8 threads add up 16 each and one thread t
 
 @dataclass(frozen=True)
 class Few:
-    """Threads of a block, output units to a block, rows of x to a block, input units fetched at a time."""
+    """Threads of a block, output units and rows of x to a block."""
 
     threads: int = 128
     group: int = 2
     rows: int = 1
-    ahead: int = 4
 
     @classmethod
     def of(cls, config: Any) -> Few:
@@ -66,7 +66,7 @@ class FewRows:
     """Emits one such kernel.
 
     rows: of x. units: (out, in). sums: results of one output unit for one row. share: so many output units in
-    succession use the same weights; `few.group` is 1 then.
+    succession use the same weights; `few.group` is 1 then. stride: so many of the threads have work.
     multiply(kernel, acc, first, unit, weight, x, row): adds to `sums` registers of acc from `first` on what the unit
     contributes; `weight` and `x` are float32 registers. fetch(kernel, unit, row) -> x in float32 registers.
     """
@@ -82,9 +82,11 @@ class FewRows:
         packed: Any,
         tensorize: bool,
         share: int = 1,
+        stride: int | None = None,
     ) -> None:
         self.few, self.dtype, self.rows, self.units, self.size, self.sums = few, dtype, rows, units, size, sums
         self.packed, self.tensorize, self.share = packed, tensorize, share
+        self.stride = few.threads if stride is None else stride
         self.vector = VECTOR_BYTES // BYTES[dtype]
         self.chunks = -(-size // self.vector)
 
@@ -93,32 +95,36 @@ class FewRows:
         fetch: Callable[[FewRows, Any, Any], Registers],
         multiply: Callable[[FewRows, Registers, int, Any, Any, Registers, Registers], None],
         store: Callable[[FewRows, Any, Any, Any, Any, Any], None],
-        prepare: Callable[[FewRows, Any], None] | None = None,
+        turned: Callable[[FewRows, int, int], Any] | None = None,
     ) -> None:
-        """store(kernel, total, row, output unit, which of its sums, condition)."""
+        """store(kernel, total, row, output unit, which of its sums, conditions).
+
+        turned(kernel, unit in the group, which): the sum that a thread's register `which` belongs to, if not that one.
+        """
         few, out = self.few, self.units[0]
         grid = (ceildiv(out, few.group), ceildiv(self.rows, few.rows))
         with launch(grid, few.threads, not self.tensorize) as (self.t, (self.group, block_row)):
             t, self.first_row = self.t, block_row * few.rows
             count = few.group * few.rows * self.sums
-            if prepare is not None:
-                prepare(self, self.first_row)
             acc = t.registers(count)
             with t.last_stage():
                 acc.fill()
                 self._accumulate(acc, fetch, multiply)
-            self._reduce(acc, count, store)
+            self._reduce(acc, count, store, turned)
 
     def _accumulate(self, acc: Registers, fetch: Any, multiply: Any) -> None:
         few, inner, t = self.few, self.units[1], self.t
-        turns = -(-inner // few.threads)
+        stride = self.stride
+        turns = -(-inner // stride)
         weight = t.registers(few.group * self.chunks * self.vector)
 
         def turn(number: Any, certain: bool) -> None:
-            unit = number * few.threads + t.tx
-            under(True if certain else unit < inner, lambda: self._unit(acc, weight, unit, fetch, multiply))
+            unit = number * stride + t.tx
+            works = True if stride == few.threads else t.tx < stride
+            condition = all_of([works, True if certain else unit < inner])
+            under(condition, lambda: self._unit(acc, weight, unit, fetch, multiply))
 
-        full = inner // few.threads
+        full = inner // stride
         if full:
             with I.serial(0, full) as number:
                 turn(number, True)
@@ -169,7 +175,7 @@ class FewRows:
         value = f32(x[row, column])
         return value if exists is True else tirx.if_then_else(exists, value, f32(0.0))
 
-    def _reduce(self, acc: Registers, count: int, store: Any) -> None:
+    def _reduce(self, acc: Registers, count: int, store: Any, turned: Any) -> None:
         few, t, out = self.few, self.t, self.units[0]
         lanes = 1  # threads that add up the parts of one sum
         while lanes < MOST_LANES and lanes * 2 * count <= few.threads:
@@ -177,7 +183,10 @@ class FewRows:
         parts = t.shared((count, few.threads), "float32", padding=lanes)
         with t.stage():
             for i in range(count):
-                parts[i, t.tx] = acc[i]
+                which: Any = i % self.sums
+                if turned is not None:
+                    which = turned(self, i // (few.rows * self.sums), which)
+                parts[i // self.sums * self.sums + which, t.tx] = acc[i]
         if lanes > 1:
             some = t.shared((count, lanes), "float32", padding=1)
             with t.stage():
