@@ -114,9 +114,11 @@ def from_torch(model: Any, inputs: Any) -> Imported:
     from tvm.relax.frontend.torch import from_exported_program
 
     from tvm_structured.nn.importer import custom_convert_map
+    from tvm_structured.torch_graphs import simplify
 
     if isinstance(model, torch.nn.Module):
         model = export(model, as_tuple(inputs))
+    model = simplify(model)
     try:
         with warnings.catch_warnings():
             # TVM's importer calls a part of torch's pytree that torch has deprecated
