@@ -19,6 +19,7 @@ from tvm_structured.schedules.base import Kernel
 from tvm_structured.schedules.cuda.block_circulant import BlockCirculantKernel
 from tvm_structured.schedules.cuda.low_rank import LowRankKernel
 from tvm_structured.schedules.cuda.permuted_diagonal import PermutedDiagonalKernel
+from tvm_structured.schedules.cuda.winograd import WinogradKernel
 
 CUDA_KERNELS: dict[str, Kernel] = {
     kernel.name: kernel
@@ -26,6 +27,7 @@ CUDA_KERNELS: dict[str, Kernel] = {
         BlockCirculantKernel(),
         LowRankKernel(),
         PermutedDiagonalKernel(),
+        WinogradKernel(),
     )
 }
 
