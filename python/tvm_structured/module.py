@@ -48,7 +48,9 @@ class Runnable:
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         """Run. Inputs in order or by name; raises ModelError naming the input that does not fit."""
         arrays = check_inputs(self.inputs, inputs, named)
-        outputs = self._main(*(to_tvm(array) for array in arrays))
+        outputs = self._main(*[to_tvm(array) for array in arrays])
+        if is_torch(outputs):  # the usual case, which must not cost as much as a small layer
+            return outputs
         return from_tvm(outputs, as_torch=any(is_torch(array) for array in arrays))
 
     def report(self) -> Report:
@@ -178,8 +180,6 @@ def aligned_copy(array: np.ndarray) -> np.ndarray:
 
 def from_tvm(output: Any, as_torch: bool) -> Any:
     """Tensors to numpy or torch; tuples and lists stay what they are, nested."""
-    if is_torch(output):  # where the inputs were torch's
-        return output
     if hasattr(output, "numpy"):
         return convert(output, as_torch)
     if isinstance(output, Sequence) or type(output).__name__ == "Array":
