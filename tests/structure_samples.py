@@ -7,12 +7,14 @@ without padding. All others take rows: `apply` is a product with `dense()`.
 from __future__ import annotations
 
 import itertools
+import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from tvm_structured.structures import STRUCTURES, Dense, as_layer
+from tvm_structured.structures import STRUCTURES, Dense, TensorTrain, as_layer
 
 FAMILIES = pytest.mark.parametrize("family", STRUCTURES.values(), ids=STRUCTURES)
 USUAL = ((24, 36), (12, 8, 3, 3), (10, 12, 5, 5))  # large enough for every family
@@ -87,3 +89,15 @@ def with_torch(member, dtype=torch.float64, requires_grad=False):
             tensor = tensor.to(dtype).requires_grad_(requires_grad)
         factors.append(tensor)
     return type(member).from_factors(member.sizes_of, factors)
+
+
+def random_train(out_modes: Any, in_modes: Any, rank: Any, seed: int = 0, dtype: Any = np.float64) -> TensorTrain:
+    """A train with normally distributed cores; `rank` of every bond, or a list of them."""
+    rng = np.random.default_rng(seed)
+    inner = [rank] * (len(out_modes) - 1) if isinstance(rank, int) else list(rank)
+    ranks = [1, *inner, 1]
+    cores = tuple(
+        rng.standard_normal((ranks[k], m, n, ranks[k + 1])).astype(dtype)
+        for k, (m, n) in enumerate(zip(out_modes, in_modes, strict=True))
+    )
+    return TensorTrain((math.prod(out_modes), math.prod(in_modes)), tuple(out_modes), tuple(in_modes), cores)
