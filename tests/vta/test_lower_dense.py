@@ -54,7 +54,7 @@ def test_int4_layers() -> None:
         (Int8Dense(layer.weight, None, layer.requantize, Scale(), "fc"), "a residual needs 8-bit"),
     ]:
         with pytest.raises(VTAError, match=words):
-            lower(wrong, [x.shape] * wrong.num_inputs, config)
+            lower(wrong, [x.shape, (3, 21)][: wrong.num_inputs], config)
 
 
 def test_a_program_runs_where_it_is_placed() -> None:

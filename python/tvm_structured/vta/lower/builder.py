@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -30,10 +30,10 @@ class Constants:
         self.known: dict[Any, int] = {}
         self.elements = 0
 
-    def add(self, key: Any, values: NDArray[Any], element_bytes: int) -> int:
+    def add(self, key: Any, values: NDArray[Any] | Callable[[], NDArray[Any]], element_bytes: int) -> int:
         """Index of the first element; `key` names the contents."""
         if key not in self.known:
-            raw = pack_integers(values, self.width)
+            raw = pack_integers(values() if callable(values) else values, self.width)
             self.known[key] = self.elements
             self.parts.append(raw)
             self.elements += len(raw) // element_bytes
@@ -67,8 +67,9 @@ class Builder:
         """A region of DRAM that the program stores to and loads from."""
         self.scratch[region] = Accesses(elements)
 
-    def constant(self, memory: Memory, key: Any, values: NDArray[Any]) -> int:
-        """DRAM element of constant values, which are appended to the memory's region unless the key is known."""
+    def constant(self, memory: Memory, key: Any, values: NDArray[Any] | Callable[[], NDArray[Any]]) -> int:
+        """DRAM element of constant values (or a function that makes them), appended to the memory's region unless
+        the key is known."""
         return self.constants[memory].add(key, values, self.config.element_bytes(memory))
 
     # -- transfers -------------------------------------------------------------------------------------------
