@@ -19,6 +19,7 @@ from tvm_structured.schedules.base import Kernel
 from tvm_structured.schedules.cuda.block_circulant import BlockCirculantKernel
 from tvm_structured.schedules.cuda.low_rank import LowRankKernel
 from tvm_structured.schedules.cuda.permuted_diagonal import PermutedDiagonalKernel
+from tvm_structured.schedules.cuda.tensor_train import TensorTrainKernel
 from tvm_structured.schedules.cuda.winograd import WinogradKernel
 
 CUDA_KERNELS: dict[str, Kernel] = {
@@ -27,6 +28,7 @@ CUDA_KERNELS: dict[str, Kernel] = {
         BlockCirculantKernel(),
         LowRankKernel(),
         PermutedDiagonalKernel(),
+        TensorTrainKernel(),
         WinogradKernel(),
     )
 }

@@ -78,7 +78,7 @@ class Operand:
     at: Callable[[Any, Any, Any, Any], Sequence[Any]]
     depth: int
     vectors: bool
-    exists: Callable[[Any, Any, Any], Any] | None = None  # (batch, row, k), beyond the bounds of rows and depth
+    rows_first: bool = False  # which of its neighbours lie side by side in memory
 
 
 def pack_operand(b: np.ndarray, tile: Tile, dtype: Any) -> np.ndarray:
@@ -175,6 +175,8 @@ class Gemm:
 
         def fetch_a(element: Any) -> None:
             plane, row, k = place(element, tile.depth)
+            if self.a.rows_first:
+                row, k = element % tile.rows, element // tile.rows % tile.depth
             valid = self._valid(first_row + row, step * tile.depth + k)
             index = self.a.at(batch, plane, first_row + row, step * tile.depth + k)
             value = tirx.if_then_else(valid, self.a.buffer[tuple(index)], tirx.const(0, self.dtype))
@@ -191,8 +193,6 @@ class Gemm:
             conditions.append(row < self.rows)
         if self.a.depth % self.tile.depth:
             conditions.append(k < self.a.depth)
-        if self.a.exists is not None:
-            conditions.append(self.a.exists(self.where[0], row, k))
         return all_of(conditions)
 
     def _each(self, count: int, body: Callable[[Any], None]) -> None:

@@ -111,6 +111,10 @@ class Shared:
     def vector(self, index: Sequence[Any], lanes: int) -> Any:
         return self.buffer[I.ramp(self.flat(index), 1, lanes)]
 
+    def at_first(self, index: Any) -> Any:
+        """Element `index` of the first row."""
+        return self.buffer[index]
+
     def address(self, *index: Any) -> Any:
         return I.address_of(self[index])
 
