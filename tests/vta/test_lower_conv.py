@@ -91,8 +91,8 @@ def test_two_threads_hide_the_transfers_of_resnet_layers(channels: int, size: in
     """The 3x3 layers C2 to C5 of ResNet-18: at least 80 % of the modelled cycles are products."""
     rng = np.random.default_rng(3)
     layer = Int8Conv2d(
-        int8(rng, channels, channels, 3, 3), rng.integers(-9999, 9999, channels).astype(np.int32), Requantize(shift=10, low=0),
-        name="conv", padding=(1, 1, 1, 1),
+        int8(rng, channels, channels, 3, 3), rng.integers(-9999, 9999, channels).astype(np.int32),
+        Requantize(shift=10, low=0), name="conv", padding=(1, 1, 1, 1),
     )  # fmt: skip
     one, two = (model(lower(layer, [(1, channels, size, size)], threads=threads).program) for threads in (1, 2))
     assert two.gemm_utilisation >= 0.8

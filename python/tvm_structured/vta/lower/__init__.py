@@ -17,17 +17,31 @@ from tvm_structured.vta.config import VTAConfig
 from tvm_structured.vta.lower.builder import Builder
 from tvm_structured.vta.lower.conv import conv_problem
 from tvm_structured.vta.lower.dense import dense_problem
+from tvm_structured.vta.lower.elementwise import add_problem, rescale_problem
 from tvm_structured.vta.lower.layout import Layout
 from tvm_structured.vta.lower.lowered import Lowered
+from tvm_structured.vta.lower.pool import pool_problem
 from tvm_structured.vta.lower.problem import Problem
 from tvm_structured.vta.lower.schedule import Schedule
-from tvm_structured.vta.operators import Int8Conv2d, Int8Dense, Operator
+from tvm_structured.vta.operators import (
+    Int8Add,
+    Int8AvgPool,
+    Int8Conv2d,
+    Int8Dense,
+    Int8MaxPool,
+    Int8Rescale,
+    Operator,
+)
 
 __all__ = ["LOWERINGS", "Layout", "Lowered", "Problem", "Schedule", "lower", "problem_of"]
 
 LOWERINGS: dict[type[Operator], Callable[[Any, tuple[Layout, ...], VTAConfig], Problem]] = {
     Int8Dense: dense_problem,
     Int8Conv2d: conv_problem,
+    Int8Add: add_problem,
+    Int8Rescale: rescale_problem,
+    Int8MaxPool: pool_problem,
+    Int8AvgPool: pool_problem,
 }
 
 

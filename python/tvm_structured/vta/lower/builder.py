@@ -140,8 +140,8 @@ class Builder:
         outer, inner = (Loop(loop.count, loop.dst, loop.dst) for loop in (outer, inner))
         self._loops(Alu, as_uops(dst, dst), outer, inner, fields, (Memory.ACC, Memory.ACC))
 
-    def alu(self, operation: str, dst: int, src: int, outer: Loop, inner: Loop | None = None) -> None:
-        """ACC[dst] = op(ACC[dst], ACC[src]) for all iterations."""
+    def alu(self, operation: str, dst: Any, src: Any, outer: Loop, inner: Loop | None = None) -> None:
+        """ACC[dst] = op(ACC[dst], ACC[src]) for all iterations; dst and src may be arrays of as many elements."""
         fields = {"alu_opcode": ALU_OPCODES.index(operation)}
         inner = Loop() if inner is None else inner
         self._loops(Alu, as_uops(dst, src), outer, inner, fields, (Memory.ACC, Memory.ACC))
