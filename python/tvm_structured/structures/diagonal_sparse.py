@@ -93,6 +93,12 @@ def sparse_product(x: Tensor, diagonals: Tensor, shifts: Any) -> Tensor:
     return y.to(dtype)
 
 
+def dense_product(x: Tensor, diagonals: Tensor, shifts: Any) -> Tensor:
+    """The same for a small matrix, which is formed."""
+    dtype = torch.promote_types(x.dtype, diagonals.dtype)
+    return x.to(dtype) @ scattered(diagonals.to(dtype), shifts).T
+
+
 def scattered(diagonals: Tensor, shifts: Any) -> Tensor:
     """The dense matrix (rows * p, columns * p); gradients flow."""
     pattern = pattern_of(shifts, int(diagonals.shape[2]), diagonals.device)

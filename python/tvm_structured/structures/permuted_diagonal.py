@@ -31,7 +31,8 @@ from tvm_structured.structures.layer import Array, Conv2d, Dense, Layer, as_laye
 
 INDEXINGS = ("best", "natural")
 EXACT = 1e-6  # relative error below which a member counts as equal: float32 rounding of a stored weight
-GATHERED = 1 << 22  # numbers that `apply` gathers at a time: 16 MiB of float32
+SMALL = 1 << 17  # numbers of a dense matrix up to which forming it costs less than a sparse product
+GATHERED = 1 << 22  # numbers that numpy gathers at a time: 16 MiB of float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,10 +142,11 @@ class PermutedDiagonal(Structure):
         if hasattr(x, "detach"):
             import torch
 
-            from tvm_structured.structures.diagonal_sparse import sparse_product
+            from tvm_structured.structures.diagonal_sparse import dense_product, sparse_product
 
             diagonals = torch.as_tensor(self.diagonals, device=x.device)
-            y: Any = sparse_product(blocks.reshape(blocks.shape[0], -1), diagonals, self.shifts)
+            product = dense_product if self.shape[0] * self.shape[1] <= SMALL else sparse_product
+            y: Any = product(blocks.reshape(blocks.shape[0], -1), diagonals, self.shifts)
         else:
             y = self._gathered(blocks)
         return y[:, : self.shape[0]].reshape((*x.shape[:-1], self.shape[0]))

@@ -22,6 +22,7 @@ from tvm_structured.structures.tt_order import Order, cheapest_order, core_matri
 from tvm_structured.structures.tt_svd import Modes, tt_svd
 
 NEARLY_SMALLEST = 1.1  # a verified train is good enough if no other can have fewer parameters by more than this
+CHAIN_COST = 8  # torch takes that much longer for a multiplication in thin stages than in one large product
 MOST_VERIFICATIONS = 6  # chains tried on the whole weight before detection is content with what it has
 
 
@@ -175,6 +176,8 @@ class TensorTrain(Structure):
     def apply(self, x: Any) -> Any:
         if x.shape[-1] != self.shape[1]:
             raise ModelError(f"tensor_train takes {self.shape[1]} features, got an input of shape {tuple(x.shape)}")
+        if hasattr(self.cores[0], "detach") and CHAIN_COST * self.order.multiplies > self.shape[0] * self.shape[1]:
+            return x @ self.dense().T
         state = x
         for stage in self.order.stages:
             matrix = core_matrix(self.cores[stage.core], self.order.is_last_core_first)
