@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from tvm_structured import demo
 from tvm_structured.nn import Structured, convert, fine_tune, recover
 
-EPOCHS, QUICK_EPOCHS = 20, 2
+EPOCHS, QUICK_EPOCHS = 15, 2
 BATCH = 64
-LEARNING_RATE = 4e-3
+LEARNING_RATE = 1.2e-2
 CALIBRATION = 512  # unlabelled training images for `recover`
 REACH = 2  # pixels by which training images are shifted
 

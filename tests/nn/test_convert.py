@@ -12,6 +12,8 @@ from torch import nn
 
 from tvm_structured.errors import BudgetError, ModelError, PlanError
 from tvm_structured.nn import Structured, StructuredConv2d, StructuredLinear, convert, convertible_layers
+from tvm_structured.nn.calibration import input_moments
+from tvm_structured.planning import Plan, Requested
 from tvm_structured.structures import STRUCTURES, Budget, Unstructured, as_layer
 
 
@@ -101,6 +103,62 @@ def test_a_plan_is_taken_by_its_choices():
         }
     )
     assert list(structured(convert(model, plan))) == ["4"]
+
+
+def test_a_saved_plan_is_taken_with_its_requests(tmp_path):
+    model = network()
+    member = STRUCTURES["low_rank"].from_dense(weight_of(model, "5"), rank=3)
+    plan = Plan(
+        {"0.weight": Requested("dense"), "4.weight": Requested("block_circulant", {"block": 8}), "5.weight": member}
+    )
+    plan.save(tmp_path / "plan.json")
+    for given in (plan, tmp_path / "plan.json", str(tmp_path / "plan.json")):
+        found = structured(convert(model, given))
+        assert {path: twin.structure for path, twin in found.items()} == {"4": "block_circulant", "5": "low_rank"}
+        assert found["4"].c.shape[-1] == 8
+        np.testing.assert_array_equal(found["5"].u.detach(), member.u)
+
+
+def test_a_plan_for_another_model_is_refused():
+    with pytest.raises(PlanError, match="is no convertible layer"):
+        convert(network(), Plan({"9.weight": Requested("low_rank", {"rank": 2})}))
+    with pytest.raises(PlanError, match="winograd is not defined"):
+        convert(network(), Plan({"4.weight": Requested("winograd", {"tile": 2})}))
+
+
+def correlated_inputs(count=64):
+    """Images whose channels are nearly dependent: a weight's error hardly shows in directions that never occur."""
+    generator = torch.Generator().manual_seed(5)
+    return torch.einsum(
+        "nchw,cd->ndhw", torch.randn(count, 2, 8, 8, generator=generator), torch.randn(2, 4, generator=generator)
+    )
+
+
+@pytest.mark.parametrize("name", ["low_rank", "tensor_train", "block_circulant", "permuted_diagonal"])
+def test_calibrated_layers_are_nearer_in_their_outputs(name):
+    model, x = network(), correlated_inputs()
+    size = next(iter(STRUCTURES[name].sizes(weight_of(model, "0"))))
+    choices = {"0": (name, dict(size))}
+    plain, aware = (convert(model, choices, calibration=data).get_submodule("0") for data in (None, x))
+    with torch.no_grad():
+        expected = model[0](x)
+        gaps = [float((layer(x) - expected).norm()) for layer in (plain, aware)]
+        assert plain.to_structure().sizes_of == aware.to_structure().sizes_of
+        assert gaps[1] < 0.9 * gaps[0]
+
+
+def test_moments_are_those_of_the_layers_inputs():
+    model, x = network(), correlated_inputs(8)
+    moments = input_moments(model, [x[:3], x[3:]], ["0", "5"])
+    with torch.no_grad():
+        y = model[4](model[:4](x)).double()
+        for path, module in (("0", model[0]),):
+            layer = as_layer(module.weight)
+            weight = torch.from_numpy(layer.matrix.astype(np.float64))
+            energy = torch.einsum("ij,jk,ik->", weight, moments[path], weight)
+            out = module(x) - module.bias[:, None, None]
+            assert float(energy) == pytest.approx(float(out.double().square().sum(1).mean()), rel=1e-5)
+    torch.testing.assert_close(moments["5"], y.T @ y / len(y), rtol=1e-5, atol=1e-6)
 
 
 def test_each_layer_may_have_its_own_budget():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -10,20 +11,36 @@ from typing import Any
 from torch import nn
 
 from tvm_structured.errors import BudgetError, ModelError, PlanError
+from tvm_structured.nn.calibration import input_moments, refitted
 from tvm_structured.nn.members import four_sides, make_member, to_numpy
 from tvm_structured.nn.structured import Structured, StructuredConv2d, StructuredLinear
+from tvm_structured.planning import Plan, Requested, project_as_asked
 from tvm_structured.progress import track
-from tvm_structured.structures import STRUCTURES, Budget, Conv2d, Dense, Layer, Structure, as_budget, as_layer
+from tvm_structured.structures import (
+    STRUCTURES,
+    Budget,
+    Conv2d,
+    Dense,
+    Layer,
+    Structure,
+    Unstructured,
+    as_budget,
+    as_layer,
+)
 
 
-def convert(model: nn.Module, choices: Any, *, inplace: bool = False) -> nn.Module:
+def convert(model: nn.Module, choices: Any, *, calibration: Any = None, inplace: bool = False) -> nn.Module:
     """The model with structured layers, ready to be fine-tuned; a copy unless `inplace`.
 
     choices is one of
       a Budget, or a number for `max_params`: every layer becomes the nearest structure within it (with
           `max_error`, the smallest that is near enough); layers that have none stay dense;
       a mapping from layer name ("fc1.weight" or "fc1") to a Structure, to ("block_circulant", {"block": 8}) or to a
-          budget of its own, or a plan with such `choices`: the other layers stay dense.
+          budget of its own: the other layers stay dense;
+      a Plan, such as that of a compiled model, or the path of a saved one.
+
+    calibration: inputs of the model, as for `recover`. With them a projected layer is the member of its size whose
+    outputs are nearest on the activations that it gets there, instead of the nearest weight.
 
     Raises BudgetError where no layer has a structure within the budget, PlanError for a name that is no
     convertible layer and ModelError for a member of another shape.
@@ -32,10 +49,17 @@ def convert(model: nn.Module, choices: Any, *, inplace: bool = False) -> nn.Modu
         model = copy.deepcopy(model)
     layers = convertible_layers(model)
     wanted = requests(choices, layers)
+    moments = {}
+    if calibration is not None:
+        paths = {name: name.removesuffix("weight").removesuffix(".") for name in wanted}
+        moments = input_moments(model, calibration, paths.values())
     chosen: dict[int, nn.Module] = {}
     for name in track(wanted, "projecting"):
         layer = as_layer(layer_of(name, layers[name]))
         member = choose(layer, wanted[name])
+        seen = moments.get(name.removesuffix("weight").removesuffix("."))
+        if member is not None and seen is not None and not isinstance(wanted[name], Structure):
+            member = refitted(member, layer, seen)
         if member is not None and member.name in STRUCTURES:
             chosen[id(layers[name])] = structured_twin(layers[name], member)
     if not chosen and not isinstance(getattr(choices, "choices", choices), Mapping):
@@ -68,6 +92,8 @@ def is_plain(module: nn.Module) -> bool:
 
 def requests(choices: Any, layers: Mapping[str, nn.Module]) -> dict[str, Any]:
     """Layer name -> what is wanted for it."""
+    if isinstance(choices, os.PathLike) or (isinstance(choices, str) and choices.endswith(".json")):
+        choices = Plan.load(choices)
     choices = getattr(choices, "choices", choices)
     if not layers:
         raise ModelError("the model has no nn.Linear or nn.Conv2d layer that can be converted")
@@ -78,13 +104,18 @@ def requests(choices: Any, layers: Mapping[str, nn.Module]) -> dict[str, Any]:
         full = name if name in layers else f"{name}.weight"
         if full in layers:
             wanted[full] = choice
-        elif getattr(choice, "name", None) in STRUCTURES or not isinstance(choice, Structure):
+        elif getattr(choice, "name", None) != Unstructured.name:
             raise PlanError(f"{name!r} is no convertible layer of this model; it has {', '.join(layers)}")
     return wanted
 
 
 def choose(layer: Layer, choice: Any) -> Structure | None:
     """The member for a layer, None where it stays dense."""
+    if isinstance(choice, Requested):
+        family = STRUCTURES.get(choice.name)
+        if family is not None and not family.takes(layer):
+            raise PlanError(f"{layer.name}: {choice.name} is not defined for this layer; choose another structure")
+        return None if family is None else project_as_asked(family, layer, choice)
     if isinstance(choice, tuple):
         if len(choice) != 2 or not isinstance(choice[1], Mapping):
             raise PlanError(f'{layer.name}: a choice is like ("block_circulant", {{"block": 8}}), got {choice!r}')

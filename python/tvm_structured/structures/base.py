@@ -20,8 +20,9 @@ import numpy as np
 from typing_extensions import Self
 
 from tvm_structured.errors import BudgetError
+from tvm_structured.structures.activation_fit import checked_moments, output_error
 from tvm_structured.structures.budget import Budget
-from tvm_structured.structures.layer import Layer, as_layer
+from tvm_structured.structures.layer import Array, Layer, as_layer
 
 Size = Mapping[str, Any]
 
@@ -154,6 +155,18 @@ class Structure(ABC):
         matrix = as_layer(layer).matrix.astype(np.float64)
         norm = float(np.linalg.norm(matrix))
         return float(np.linalg.norm(self.dense() - matrix)) / (norm or 1.0)
+
+    def refit(self, layer: Layer, moments: Array) -> Self | None:
+        """The member of the same sizes whose outputs are nearest on inputs with the second moments E[x x^T], (in, in).
+
+        None where the family has no closed form. Raises ModelError for moments of another shape.
+        """
+        return None
+
+    def output_error(self, layer: Layer, moments: Array) -> float:
+        """sqrt(E ||(W' - W) x||^2 / E ||W x||^2) for inputs with these second moments."""
+        matrix = layer.matrix.astype(np.float64)
+        return output_error(self.dense() - matrix, matrix, checked_moments(layer, moments))
 
     def describe(self) -> str:
         """The sizes in a few characters, for tables: `block=8`."""

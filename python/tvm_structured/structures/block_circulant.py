@@ -12,6 +12,7 @@ import numpy as np
 from typing_extensions import Self
 
 from tvm_structured.errors import ModelError
+from tvm_structured.structures.activation_fit import checked_moments, nearest_circulant
 from tvm_structured.structures.base import Size, Structure, as_budget, factor, fits
 from tvm_structured.structures.budget import Budget
 from tvm_structured.structures.circulant_pattern import Blocks, CirculantPattern
@@ -137,6 +138,10 @@ class BlockCirculant(Structure):
                     kept.append(shortest)
                 break
         return sorted(kept, key=lambda b: b.cost)
+
+    def refit(self, layer: Layer, moments: Array) -> Self:
+        c = nearest_circulant(layer.matrix, checked_moments(layer, moments), self.blocks, self.c)
+        return type(self)(self.shape, self.taps, c.astype(layer.weight.dtype))
 
     def dense(self) -> Any:
         """(out, in); of the kind of `c`, and differentiable where that is a torch tensor."""

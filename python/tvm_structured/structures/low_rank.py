@@ -10,6 +10,7 @@ import numpy as np
 from typing_extensions import Self
 
 from tvm_structured.errors import ModelError
+from tvm_structured.structures.activation_fit import checked_moments, nearest_low_rank
 from tvm_structured.structures.base import Size, Structure, as_budget, factor, fits
 from tvm_structured.structures.budget import Budget
 from tvm_structured.structures.layer import Array, Conv2d, Dense, Layer, as_layer
@@ -97,6 +98,10 @@ class LowRank(Structure):
             return None
         member = cls._from_triplets(layer, *found)
         return member if fits(member, layer, budget) else None
+
+    def refit(self, layer: Layer, moments: Array) -> Self:
+        u, v = nearest_low_rank(layer.matrix, checked_moments(layer, moments), self.rank)
+        return type(self)(self.shape, u.astype(layer.weight.dtype), v.astype(layer.weight.dtype))
 
     def apply(self, x: Any) -> Any:
         if x.shape[-1] != self.shape[1]:
