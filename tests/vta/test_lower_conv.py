@@ -10,7 +10,7 @@ from lowering_harness import CONFIGS, DEFAULT, TINY, bias, check, int8, names, r
 
 from tvm_structured.vta import VTAConfig
 from tvm_structured.vta.lower import Schedule, lower
-from tvm_structured.vta.operators import Int8Conv2d, Requantize
+from tvm_structured.vta.operators import Int8Conv2d, Int8Conv2dTranspose, Requantize
 from tvm_structured.vta.timing import model
 
 pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))
@@ -49,6 +49,27 @@ def test_convolutions_of_any_shape(
     groups, inner, out = channels
     layer = conv(rng, inner, out, kernel, groups, stride=stride, padding=padding)
     check(layer, shapes(layer, (n, inner * groups, height, width)), CONFIGS[config], rng, threads=threads)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    names, seeds, st.integers(1, 2), st.sampled_from([(1, 40, 24), (1, 3, 17), (4, 3, 5), (20, 1, 1), (2, 17, 9)]),
+    pairs, pairs, st.integers(0, 2), st.integers(0, 2), st.integers(1, 8), st.integers(1, 8), st.integers(1, 2),
+)  # fmt: skip
+def test_transposed_convolutions_of_any_shape(
+    config: str, seed: int, n: int, channels: tuple[int, int, int], kernel: tuple[int, int], stride: tuple[int, int],
+    padding: int, more: int, height: int, width: int, threads: int,
+) -> None:  # fmt: skip
+    rng = np.random.default_rng(seed)
+    groups, inner, out = channels
+    count, padding = out * groups, min(padding, kernel[0] - 1, kernel[1] - 1)
+    layer = Int8Conv2dTranspose(
+        int8(rng, inner * groups, out, *kernel), bias(rng, count), requantize(rng, count), residual(rng), "deconv",
+        stride, (padding, 0, padding, padding), (more, more), groups,
+    )  # fmt: skip
+    x = (n, inner * groups, height, width)
+    output = (n, count, *layer.extents((height, width)))
+    check(layer, [x] + [output] * (layer.num_inputs - 1), CONFIGS[config], rng, threads=threads)
 
 
 @pytest.mark.parametrize("config", [DEFAULT, TINY])

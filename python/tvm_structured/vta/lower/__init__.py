@@ -16,6 +16,7 @@ from tvm_structured.errors import VTAError
 from tvm_structured.vta.config import VTAConfig
 from tvm_structured.vta.lower.builder import Builder
 from tvm_structured.vta.lower.conv import conv_problem
+from tvm_structured.vta.lower.conv_transpose import conv_transpose_problem
 from tvm_structured.vta.lower.dense import dense_problem
 from tvm_structured.vta.lower.elementwise import add_problem, rescale_problem
 from tvm_structured.vta.lower.layout import Layout
@@ -27,6 +28,7 @@ from tvm_structured.vta.operators import (
     Int8Add,
     Int8AvgPool,
     Int8Conv2d,
+    Int8Conv2dTranspose,
     Int8Dense,
     Int8MaxPool,
     Int8Rescale,
@@ -38,6 +40,7 @@ __all__ = ["LOWERINGS", "Layout", "Lowered", "Problem", "Schedule", "lower", "pr
 LOWERINGS: dict[type[Operator], Callable[[Any, tuple[Layout, ...], VTAConfig], Problem]] = {
     Int8Dense: dense_problem,
     Int8Conv2d: conv_problem,
+    Int8Conv2dTranspose: conv_transpose_problem,
     Int8Add: add_problem,
     Int8Rescale: rescale_problem,
     Int8MaxPool: pool_problem,

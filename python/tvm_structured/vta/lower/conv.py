@@ -16,7 +16,7 @@ from tvm_structured.vta.lower.layout import Layout
 from tvm_structured.vta.lower.problem import Problem, check_values
 from tvm_structured.vta.lower.schedule import Schedule
 from tvm_structured.vta.lower.uop_kernels import Loop
-from tvm_structured.vta.operators import Int8Conv2d
+from tvm_structured.vta.operators import Int8Conv2d, Int8Conv2dTranspose
 
 Span = tuple[int, int]  # first, count
 
@@ -27,7 +27,8 @@ class Convolution(Problem):
     product a tap and pixel, the ALU would take four cycles (multiply and add, two tensor operands each)."""
 
     config: VTAConfig
-    layer: Int8Conv2d
+    layer: Int8Conv2d | Int8Conv2dTranspose
+    weight: NDArray[np.int8]  # (out, in / groups, kh, kw)
     tiles: ConvTiles
     reason: str = ""
 
@@ -40,16 +41,20 @@ class Convolution(Problem):
 
     def emit(self, b: Builder, s: Schedule, sources: Sequence[str], target: str) -> None:
         self.check_fits(self.tiles.fits(s), s)
-        _Emission(self, b, s, list(sources), target).run()
+        self.emission(self, b, s, list(sources), target).run()
+
+    @property
+    def emission(self) -> type[Emission]:
+        return Emission
 
     def weights_of(self, out: int) -> NDArray[np.int8]:
         """Tiles of one output block, (in blocks, kh, kw, block, block)."""
         block, layer = self.config.block, self.layer
         first, end = out * block, min((out + 1) * block, layer.out_channels)
-        out_group, in_group = layer.out_channels // layer.groups, layer.weight.shape[1]
+        out_group, in_group = layer.out_channels // layer.groups, self.weight.shape[1]
         rows = np.zeros((block, self.tiles.inner * block, *layer.kernel), np.int8)
         columns = np.arange(first, end)[:, None] // out_group * in_group + np.arange(in_group)
-        rows[np.arange(end - first)[:, None], columns] = layer.weight[first:end]
+        rows[np.arange(end - first)[:, None], columns] = self.weight[first:end]
         return rows.reshape(block, self.tiles.inner, block, *layer.kernel).transpose(1, 3, 4, 0, 2)
 
 
@@ -57,20 +62,26 @@ def conv_problem(layer: Int8Conv2d, inputs: tuple[Layout, ...], config: VTAConfi
     check_values(config, layer)
     shape = inputs[0]
     height, width = layer.output_shape(*(layout.shape for layout in inputs))[2:]
-    out_group, in_group = layer.out_channels // layer.groups, layer.weight.shape[1]
-    pairs = np.zeros((-(-layer.out_channels // config.block), shape.channels), np.bool_)
-    for o in range(layer.out_channels):
-        first = o // out_group * in_group
-        pairs[o // config.block, first // config.block : (first + in_group - 1) // config.block + 1] = True
     size, output, stride = shape.size, (height, width), layer.stride
     if layer.kernel == (1, 1) and stride == (1, 1) and layer.padding == (0, 0, 0, 0):
         # pixels are all alike: one long row
         size = output = (1, height * width)
-    geometry = ConvTiles(config, layer, shape.rows, size, output, layer.kernel, stride, layer.padding, pairs)
-    return Convolution(config, layer, geometry)
+    geometry = ConvTiles(config, layer, shape.rows, size, output, layer.kernel, stride, layer.padding,
+                         block_pairs(layer, layer.weight, config.block))  # fmt: skip
+    return Convolution(config, layer, layer.weight, geometry)
 
 
-class _Emission:
+def block_pairs(layer: Int8Conv2d | Int8Conv2dTranspose, weight: NDArray[np.int8], block: int) -> NDArray[np.bool_]:
+    """Which output blocks use which input blocks; weight (out, in / groups, kh, kw)."""
+    out_group, in_group = layer.out_channels // layer.groups, weight.shape[1]
+    pairs = np.zeros((-(-layer.out_channels // block), -(-layer.in_channels // block)), np.bool_)
+    for o in range(layer.out_channels):
+        first = o // out_group * in_group
+        pairs[o // block, first // block : (first + in_group - 1) // block + 1] = True
+    return pairs
+
+
+class Emission:
     """The instructions of one convolution under one schedule."""
 
     def __init__(self, problem: Convolution, b: Builder, s: Schedule, sources: list[str], target: str) -> None:
