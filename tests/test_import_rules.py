@@ -33,6 +33,10 @@ ALLOWED = {
     "line_store": set(),
     "cost_store": {"line_store"},
     "detection_store": {"guard", "line_store", "structures"},
+    "tuning": {
+        "compiler", "cost_store", "costs", "detection_store", "errors", "files", "frontend", "guard", "planning",
+        "relay_passes", "schedules", "structures", "targets", "timing",
+    },
     "vta": {"errors", "schedules", "targets"},
     "relay": {
         "compiler", "errors", "files", "frontend", "guard", "inputs", "module", "planning", "relay_passes", "report",

@@ -22,11 +22,13 @@ if TYPE_CHECKING:
     from tvm_structured.compiler import compile, quantize
     from tvm_structured.errors import (
         BudgetError,
+        DatabaseError,
         KernelNotFoundError,
         ModelError,
         PlanError,
         StructuredError,
         TargetError,
+        TuningError,
     )
     from tvm_structured.inspection import inspect
     from tvm_structured.module import Compiled, load
@@ -35,13 +37,24 @@ if TYPE_CHECKING:
     from tvm_structured.report import Report
     from tvm_structured.settings import options
     from tvm_structured.structures import STRUCTURES, Budget, Conv2d, Dense, Layer, Structure
+    from tvm_structured.tuning.api import TuningResult, tune
+    from tvm_structured.tuning.database import Database
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "calibration": ("Quantization",),
     "compiler": ("compile", "quantize"),
-    "errors": ("BudgetError", "KernelNotFoundError", "ModelError", "PlanError", "StructuredError", "TargetError"),
+    "errors": (
+        "BudgetError",
+        "DatabaseError",
+        "KernelNotFoundError",
+        "ModelError",
+        "PlanError",
+        "StructuredError",
+        "TargetError",
+        "TuningError",
+    ),
     "inspection": ("inspect",),
     "module": ("Compiled", "load"),
     "settings": ("options",),
@@ -50,6 +63,8 @@ _HOMES = {
     "report": ("Report",),
     "schedules": ("KERNELS",),
     "structures": ("STRUCTURES", "Budget", "Conv2d", "Dense", "Layer", "Structure"),
+    "tuning.api": ("TuningResult", "tune"),
+    "tuning.database": ("Database",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _SUBMODULES = ("nn", "relay", "structures", "schedules", "errors")
@@ -61,6 +76,8 @@ __all__ = [
     "BudgetError",
     "Compiled",
     "Conv2d",
+    "Database",
+    "DatabaseError",
     "Dense",
     "KernelNotFoundError",
     "Layer",
@@ -73,6 +90,8 @@ __all__ = [
     "Structure",
     "StructuredError",
     "TargetError",
+    "TuningError",
+    "TuningResult",
     "compile",
     "inspect",
     "load",
@@ -81,6 +100,7 @@ __all__ = [
     "options",
     "quantize",
     "relay",
+    "tune",
 ]
 
 

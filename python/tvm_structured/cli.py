@@ -13,6 +13,7 @@ import click
 import numpy as np
 
 from tvm_structured.errors import ModelError, StructuredError
+from tvm_structured.tuning.commands import db
 
 MODEL = click.argument("model", type=click.Path(path_type=Path))
 TARGET = click.option("--target", default="host", show_default=True, help="TVM target: a name, JSON, or 'host'.")
@@ -23,6 +24,7 @@ PLAN = click.option("--plan", type=click.Path(path_type=Path), help="Use this pl
 MEASURE = click.option(
     "--measure/--no-measure", default=True, help="Time the candidates here, or predict their times (default: time)."
 )
+DATABASE = click.option("--database", type=click.Path(path_type=Path), help="What `tune` found: its --work-dir.")
 SHAPE = click.option(
     "--shape", "shapes", multiple=True, metavar="NAME=1,3,224,224", help="Shape of an input that the model leaves open."
 )
@@ -87,6 +89,7 @@ def plan(
 @MAX_ERROR
 @PLAN
 @MEASURE
+@DATABASE
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The library to write (.so).")
 def compile_command(
     model: Path,
@@ -97,16 +100,50 @@ def compile_command(
     max_error: float,
     plan: Path | None,
     measure: bool,
+    database: Path | None,
     output: Path,
 ) -> None:
     """Compile a model to a shared library and print the report."""
     from tvm_structured.compiler import compile as build
 
     chosen = limits(budget, max_flops, max_error)
-    compiled = build(model, examples(model, shapes), read_target(target), chosen, plan, measure=measure)
+    compiled = build(model, examples(model, shapes), read_target(target), chosen, plan, database, measure)
     compiled.export(output)
     click.echo(str(compiled.report()))
     click.echo(f"wrote {output}", err=True)
+
+
+@cli.command()
+@MODEL
+@SHAPE
+@TARGET
+@BUDGET
+@MAX_FLOPS
+@MAX_ERROR
+@PLAN
+@MEASURE
+@click.option("--trials", default=64, show_default=True, help="Configurations to look at for each kernel.")
+@click.option("--work-dir", type=click.Path(path_type=Path), required=True, help="The database: a directory.")
+@click.option("--time-budget", type=float, metavar="SECONDS", help="Begin no new trials after so long.")
+@click.option("--seed", default=0, show_default=True, help="Of the search.")
+@click.option("--rpc-tracker", metavar="HOST:PORT", help="Measure on the servers of this tracker of TVM's RPC.")
+@click.option("--rpc-key", help="The key of the servers.")
+@click.option("--timeout", default=30.0, show_default=True, metavar="SECONDS", help="To build or run one candidate.")
+def tune(
+    model: Path,
+    shapes: tuple[str, ...],
+    target: str,
+    budget: float,
+    max_flops: float,
+    max_error: float,
+    plan: Path | None,
+    **session: Any,
+) -> None:
+    """Search for the fastest kernels of a model. A session that was stopped goes on when it is started again."""
+    from tvm_structured.tuning.api import tune as run_session
+
+    limited = limits(budget, max_flops, max_error)
+    run_session(model, examples(model, shapes), read_target(target), budget=limited, plan=plan, **session)
 
 
 @cli.command()
@@ -181,6 +218,9 @@ def costs(with_roofline: bool) -> None:
         from tvm_structured.roofline import machine_key, roofline
 
         click.echo(f"{machine_key()}: {roofline()}")
+
+
+cli.add_command(db)
 
 
 @cli.group()

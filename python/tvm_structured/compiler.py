@@ -37,23 +37,26 @@ def compile(
     model: torch.nn.Module, torch.export.ExportedProgram, ONNX path or ModelProto, or a Relax IRModule.
     inputs: example arrays, a tuple (needed for a torch.nn.Module). target: what TVM takes, or "host".
     budget: `Budget` or a fraction of the parameters; without one the result equals the dense model.
-    plan: `Plan` or the path of a saved one, instead of a budget. database: a MetaSchedule database object, whose
-    records are used for the functions that have no structured kernel.
+    plan: `Plan` or the path of a saved one, instead of a budget. database: what `ts.tune` made, as its directory or a
+    `ts.Database`: tuned kernels are used, and priced as such. A MetaSchedule database object is taken for the functions
+    that have no structured kernel.
     measure: time candidates on this machine once (kept in a file, see `tvm-structured costs`) and use only
     what beats the dense layer; False, and targets that do not run here, predict instead.
     calibration: sample inputs; with them, or with `quantization` (how, see `Quantization`), layers compute in int8 and
     the result is near the model's only, see `quantize`.
 
-    Raises ModelError, TargetError, PlanError or BudgetError.
+    Raises ModelError, TargetError, PlanError, BudgetError or DatabaseError.
     """
     target = resolve_target(target)
     imported = import_model(model, inputs)
     if calibration is not None or quantization is not None:
         samples = inputs if calibration is None else calibration
-        return build_int8(int8_model(imported, samples, quantization, target, budget, plan), target, database)
+        model = int8_model(imported, samples, quantization, target, budget, plan)
+        return build_int8(model, target, tuning_records(model.mod, target, database))
     mod = canonicalize(imported, target)
-    plan = settle_plan(mod, target, budget, plan, measure)
-    return build(mod, imported, plan, target, database)
+    records = tuning_records(mod, target, database)
+    plan = settle_plan(mod, target, budget, plan, measure, records)
+    return build(mod, imported, plan, target, records)
 
 
 def quantize(
@@ -117,7 +120,26 @@ def canonicalize(imported: Imported, target: Any = None) -> Any:
     return canonical_pipeline(imported.params, imported.names, target)(imported.mod)
 
 
-def settle_plan(mod: Any, target: Any, budget: Any = None, plan: Any = None, measure: bool = True) -> Plan:
+def tuning_records(mod: Any, target: Any, database: Any) -> Any:
+    """What a database has for a canonical module on a target; None without one. Raises DatabaseError."""
+    if database is None:
+        return None
+    from tvm_structured.costs import weights_are_cold
+    from tvm_structured.relay_passes.find_layers import find_calls
+    from tvm_structured.tuning.lookup import records_for
+
+    return records_for(database, target, weights_are_cold(find_calls(mod)))
+
+
+def settle_plan(
+    mod: Any,
+    target: Any,
+    budget: Any = None,
+    plan: Any = None,
+    measure: bool = True,
+    records: Any = None,
+    store: Any = None,
+) -> Plan:
     """The plan for a canonical module: the one given, made concrete, or a new one, guarded by costs on the target;
     without a target by numbers of operations."""
     from tvm_structured.cost_store import CostStore
@@ -132,7 +154,7 @@ def settle_plan(mod: Any, target: Any, budget: Any = None, plan: Any = None, mea
             raise ModelError(
                 "a budget was given, but the model has no layer with a constant float32 weight to apply it to"
             )
-        prices = None if target is None else Prices(find_calls(mod), target, CostStore(), measure)
+        prices = None if target is None else Prices(find_calls(mod), target, store or CostStore(), measure, records)
         return make_plan(layers, budget, prices, DetectionStore()).with_given(given)
     if budget is not None:
         raise ModelError("give a plan or a budget, not both: the plan already says what every layer becomes")
@@ -143,18 +165,18 @@ def settle_plan(mod: Any, target: Any, budget: Any = None, plan: Any = None, mea
     return plan.without(given).resolve(layers).with_given(given)
 
 
-def build(mod: Any, imported: Imported, plan: Plan, target: Any, database: Any) -> Compiled:
+def build(mod: Any, imported: Imported, plan: Plan, target: Any, records: Any = None) -> Compiled:
     """Rewrite by plan, schedule and compile."""
     from tvm_structured.relay_passes.find_layers import find_calls, find_layers
 
     report = make_report(find_calls(mod), plan, cpu_name(target))
     choices = {name: plan.choices[name] for name in find_layers(mod)}
-    return assemble(mod, choices, imported, plan, report, target, database)
+    return assemble(mod, choices, imported, plan, report, target, records)
 
 
-def build_int8(model: Int8Model, target: Any, database: Any) -> Compiled:
+def build_int8(model: Int8Model, target: Any, records: Any) -> Compiled:
     """Schedule and compile a quantized module; its layers are what they shall be."""
-    return assemble(model.mod, {}, model.imported, model.plan, model.report, target, database)
+    return assemble(model.mod, {}, model.imported, model.plan, model.report, target, records)
 
 
 def assemble(
@@ -164,7 +186,7 @@ def assemble(
     plan: Plan,
     report: Report,
     target: Any,
-    database: Any,
+    records: Any,
 ) -> Compiled:
     """Rewrite by the choices, lower, schedule and compile, with a description inside."""
     import tvm
@@ -180,7 +202,7 @@ def assemble(
     }
     try:
         with target, stage("Compiling"):
-            lowered = structured_pipeline(choices, target, database)(mod)
+            lowered = structured_pipeline(choices, target, records)(mod)
             metadata["kernels"] = kernel_calls(lowered)
             executable = tvm.compile(with_metadata(lowered, metadata), target, relax_pipeline="default_build")
     except (RuntimeError, AttributeError, TypeError, ValueError) as error:  # what TVM's C++ checks raise

@@ -35,31 +35,57 @@ class Prices:
     target: Any
     store: CostStore
     measure: bool = True
+    records: Any = None  # `tuning.Records`: a layer is priced in the configuration that it will be compiled in
 
     @functools.cached_property
     def is_cold(self) -> bool:
-        """Whether the weights of the module do not stay in cache from run to run."""
-        factors = [factor for uses in self.calls.values() for factor in uses[0].factors]
-        return sum(4 * int(np.prod(static_shape(factor))) for factor in factors) > last_level_cache()
+        return weights_are_cold(self.calls)
 
     def __call__(self, name: str, structures: Sequence[Structure]) -> list[Cost]:
         """Seconds for all uses of the layer in one run of the model, in each of the forms."""
         uses = [self.price([with_structure(call, s) for s in structures], structures) for call in self.calls[name]]
-        is_measured = self.measure and runs_here(self.target)
-        return [Cost(sum(seconds), is_measured) for seconds in zip(*uses, strict=True)]
+        is_measured = all(measured for _, measured in uses)
+        return [Cost(sum(each), is_measured) for each in zip(*(seconds for seconds, _ in uses), strict=True)]
 
-    def price(self, calls: Sequence[LayerCall], structures: Sequence[Structure]) -> list[float]:
-        """Seconds of one call in each form. Where one is not known all are measured, in turns."""
-        if not self.measure or not runs_here(self.target):
-            cores = int(self.target.attrs["num-cores"])
-            return [predict(call, structure, cores) for call, structure in zip(calls, structures, strict=True)]
-        keys = [cost_key(call, s, self.target, self.is_cold) for call, s in zip(calls, structures, strict=True)]
-        known = [self.store.get(key) for key, _ in keys]
+    def price(self, calls: Sequence[LayerCall], structures: Sequence[Structure]) -> tuple[list[float], bool]:
+        """(seconds of one call in each form, whether they were measured). Where one is not known all are measured, in
+        turns; for a target that does not run here those of a tuning database count, if it has all of them."""
+        pairs = list(zip(calls, structures, strict=True))
+        if not self.measure:
+            return self.predicted(pairs), False
+        if not runs_here(self.target):
+            recorded = [recorded_seconds(call, self.target, self.records) for call in calls]
+            known = [seconds for seconds in recorded if seconds is not None]
+            return (known, True) if len(known) == len(calls) else (self.predicted(pairs), False)
+        keys = [cost_key(call, s, self.target, self.is_cold, self.records) for call, s in pairs]
+        stored = {} if self.records is None else getattr(self.records, "costs", {})
+        known = [stored.get(key) or self.store.get(key) for key, _ in keys]
         if any(seconds is None for seconds in known):
-            known = measure_calls(calls, self.target, self.is_cold)
+            known = measure_calls(calls, self.target, self.is_cold, self.records)
             for (key, what), seconds in zip(keys, known, strict=True):
                 self.store.put(key, seconds, what)
-        return known
+        return known, True
+
+    def predicted(self, pairs: Sequence[tuple[LayerCall, Structure]]) -> list[float]:
+        cores = int(self.target.attrs["num-cores"])
+        return [predict(call, structure, cores) for call, structure in pairs]
+
+
+def weights_are_cold(calls: Mapping[str, Sequence[LayerCall]]) -> bool:
+    """Whether the weights of a module do not stay in cache from run to run."""
+    factors = [factor for uses in calls.values() for factor in uses[0].factors]
+    return sum(4 * int(np.prod(static_shape(factor))) for factor in factors) > last_level_cache()
+
+
+def recorded_seconds(call: LayerCall, target: Any, records: Any) -> float | None:
+    """What a tuning database says of a layer that is one kernel; None where it says nothing."""
+    from tvm_structured.relay_passes.lower_structured import CONV_KERNELS, kernel_and_site
+    from tvm_structured.schedules import Cpu
+
+    if records is None or not hasattr(records, "seconds") or (call.conv is not None and call.op not in CONV_KERNELS):
+        return None
+    seconds: float | None = records.seconds(*kernel_and_site(call, Cpu.of(target)))
+    return seconds
 
 
 def runs_here(target: Any) -> bool:
@@ -97,8 +123,9 @@ def predict(call: LayerCall, structure: Structure, cores: int) -> float:
     return max(structure.flops(rows) / peak, moved / BANDWIDTH)
 
 
-def cost_key(call: LayerCall, structure: Structure, target: Any, is_cold: bool) -> tuple[str, str]:
-    """(key, description). The key covers form, shapes, index factors, epilogue, caches, target and versions."""
+def cost_key(call: LayerCall, structure: Structure, target: Any, is_cold: bool, records: Any = None) -> tuple[str, str]:
+    """(key, description). The key covers form, shapes, index factors, epilogue, caches, target, versions and, where
+    tuning found a better one than the hand schedule, the kernel's configuration."""
     import tvm
 
     indices = {
@@ -121,8 +148,21 @@ def cost_key(call: LayerCall, structure: Structure, target: Any, is_cold: bool) 
         "tvm": tvm.__version__,
         "kernels": kernel_version(),
     }
+    config = tuned_config(call, target, records)
+    if config is not None:
+        described["config"] = config
     key = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:32]
     return key, f"{call.op} {structure.describe()} {call.describe()} x{list(concrete(call.x))}".replace("  ", " ")
+
+
+def tuned_config(call: LayerCall, target: Any, records: Any) -> Any | None:
+    """The configuration that tuning found for the call's kernel, None where it is the hand schedule."""
+    from tvm_structured.relay_passes.lower_structured import kernel_and_site
+    from tvm_structured.schedules import Cpu
+
+    if records is None or not hasattr(records, "tuned"):
+        return None
+    return records.tuned(*kernel_and_site(call, Cpu.of(target)))
 
 
 @functools.cache
@@ -142,7 +182,7 @@ def concrete(x: Any) -> tuple[int, ...]:
     return tuple(extent if isinstance(extent, int) else SYMBOLIC_BATCH for extent in static_shape(x) or ())
 
 
-def measure_calls(calls: Sequence[LayerCall], target: Any, is_cold: bool = False) -> list[float]:
+def measure_calls(calls: Sequence[LayerCall], target: Any, is_cold: bool = False, records: Any = None) -> list[float]:
     """Seconds of each call, compiled alone. Cold: its weights come from memory."""
     import tvm
     from tvm.runtime.vm import VirtualMachine
@@ -156,7 +196,9 @@ def measure_calls(calls: Sequence[LayerCall], target: Any, is_cold: bool = False
     for call in calls:
         mod, shapes = alone(call)
         with target:
-            executable = tvm.compile(structured_pipeline({}, target)(mod), target, relax_pipeline="default_build")
+            executable = tvm.compile(
+                structured_pipeline({}, target, records)(mod), target, relax_pipeline="default_build"
+            )
         machines.append(VirtualMachine(executable, tvm.cpu()))
         inputs.append([rng.standard_normal(shape).astype(np.float32) for shape in shapes])
     return seconds_in_turns(machines, inputs, is_cold)

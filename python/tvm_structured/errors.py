@@ -8,6 +8,8 @@
     ├── BudgetError (ValueError)                 a budget that is malformed or that nobody can reach
     ├── CheckpointError (ValueError)             a checkpoint of a training that is broken or of another training
     ├── KernelNotFoundError (LookupError)        no kernel for a structure on a target
+    ├── TuningError (RuntimeError)               a tuning session that cannot start or go on
+    │   └── DatabaseError                        a tuning database that is in use, or is none
     ├── RemovedNameError (AttributeError)        a name of TVM's Relay that is gone
     └── VTAError (ValueError)                    the accelerator: a configuration, a program or its text
         ├── IllegalInstructionError              a field has a value that means nothing
@@ -54,6 +56,14 @@ class CheckpointError(StructuredError, ValueError):
 
 class KernelNotFoundError(StructuredError, LookupError):
     """No kernel is known for a structure on a target."""
+
+
+class TuningError(StructuredError, RuntimeError):
+    """A tuning session cannot start or go on."""
+
+
+class DatabaseError(TuningError):
+    """A tuning database is in use by another session, or the path holds something else."""
 
 
 class RemovedNameError(StructuredError, AttributeError):

@@ -43,7 +43,8 @@ def build(
 
     The enclosing PassContext holds, as for any of TVM's pipelines: `instruments` see every pass, and `disabled_pass`
     leaves passes out by name ("RewriteLayers": all layers stay dense). At opt_level 0 no structure is searched for; a
-    plan or budget is an explicit wish and holds all the same. These come from `with ts.options(budget=..., plan=...)`.
+    plan or budget is an explicit wish and holds all the same. These, and the database of `ts.tune`, come from
+    `with ts.options(budget=..., plan=..., database=...)`.
 
     Raises ModelError, TargetError, PlanError or BudgetError.
     """
@@ -56,8 +57,9 @@ def build(
     mod = compiler.canonicalize(imported, target)
     wish = Wish.of(options)
     with PassContext():  # kernels built to be measured are no part of the pipeline that the user's context is about
-        plan = compiler.settle_plan(mod, target, wish.budget, wish.plan_for(mod), options.measure)
-    compiled = compiler.build(mod, imported, plan, target, options.database)
+        records = compiler.tuning_records(mod, target, options.database)
+        plan = compiler.settle_plan(mod, target, wish.budget, wish.plan_for(mod), options.measure, records)
+    compiled = compiler.build(mod, imported, plan, target, records)
     return GraphExecutorFactoryModule(compiled, imported.params, target, mod_name)
 
 

@@ -1,0 +1,125 @@
+"""Candidates for functions without a structured kernel: MetaSchedule's evolutionary search and its xgboost model.
+
+Its default rules for CPUs also apply rules that are registered for marked blocks (`schedule_rule` annotations).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import types
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from tvm_structured.schedules import Config
+from tvm_structured.tuning.search import BATCH
+from tvm_structured.tuning.tasks import config_text
+
+FAILED = 1e10  # seconds, MetaSchedule's own mark
+
+
+class ScheduleSearch:
+    """Batches of traces. The first batch holds the default schedule alone.
+
+    The search is MetaSchedule's; its state follows from the seed and from what it is told, so telling it the results
+    of a stopped session again brings it to where that was.
+    """
+
+    def __init__(self, task: Any, seed: int) -> None:
+        self.task, self.seed = task, seed
+        self.count = 0
+        self._context: Any = None
+        self._candidates: list[Any] = []
+
+    def next(self, trials: int) -> list[Config]:
+        if self.count == 0:
+            return [{}]
+        if self.count >= trials:
+            return []
+        if self._context is None:
+            self._start(trials)
+        with lean_intrinsics():
+            found = self._context.generate_measure_candidates()
+        self._candidates = list(found or [])[: trials - self.count]
+        return [{"trace": plain(candidate.sch.trace.as_json())} for candidate in self._candidates]
+
+    def learn(self, results: Sequence[tuple[Config, float | None]]) -> None:
+        self.count += len(results)
+        if not self._candidates:
+            return
+        from tvm.s_tir.meta_schedule.database import TuningRecord
+        from tvm.s_tir.meta_schedule.runner import RunnerResult
+
+        seconds = {config_text(config): value for config, value in results}
+        answers = []
+        for candidate in self._candidates:
+            value = seconds[config_text({"trace": plain(candidate.sch.trace.as_json())})]
+            answers.append(RunnerResult(None, "failed") if value is None else RunnerResult([value], None))
+            record = TuningRecord(
+                candidate.sch.trace, self._workload, [value or FAILED], self.task.tvm_target, candidate.args_info
+            )
+            self._database.commit_tuning_record(record)
+        self._context.notify_runner_results(self._candidates, answers)
+        self._model.update(self._context, self._candidates, answers)
+        self._candidates = []
+
+    def _start(self, trials: int) -> None:
+        from tvm.s_tir import meta_schedule as ms
+
+        np.random.seed(self.seed)  # the xgboost model draws from NumPy's global state
+        with lean_intrinsics():
+            self._context = ms.TuneContext(
+                mod=self.task.module,
+                target=self.task.tvm_target,
+                # without VNNI: the intrinsic of TVM 0.27 for it does not compile with its LLVM
+                space_generator=ms.space_generator.PostOrderApply(
+                    sch_rules="llvm", postprocs="llvm", mutator_probs="llvm"
+                ),
+                search_strategy=ms.search_strategy.EvolutionarySearch(population_size=128, init_measured_ratio=0.2),
+                task_name=self.task.name,
+                rand_state=self.seed + 1,
+                num_threads=1,
+            )
+            self._database = ms.database.MemoryDatabase()
+            self._workload = self._database.commit_workload(self.task.module)
+            self._model = ms.cost_model.XGBModel(num_tuning_cores=1)
+            self._context.pre_tuning(trials, BATCH, self._context.generate_design_space(), self._database, self._model)
+
+
+@contextmanager
+def lean_intrinsics() -> Iterator[None]:
+    """TVM imports the tensor intrinsics of all processors here, which takes half a minute; those of x86 will do.
+
+    The stand-in leaves again, so that who wants the others gets them.
+    """
+    name = "tvm.s_tir.tensor_intrin"
+    if name in sys.modules:
+        yield
+        return
+    import tvm
+
+    package = types.ModuleType(name)
+    package.__path__ = [os.path.join(os.path.dirname(tvm.__file__), "s_tir", "tensor_intrin")]
+    sys.modules[name] = package
+    try:
+        import tvm.s_tir.tensor_intrin.x86
+
+        yield
+    finally:
+        sys.modules.pop(name, None)
+
+
+def plain(value: Any) -> Any:
+    """Arrays, maps, strings and numbers of TVM as JSON has them."""
+    if isinstance(value, (str, bytes)):
+        return str(value)
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    if hasattr(value, "items"):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if hasattr(value, "__iter__"):
+        return [plain(inner) for inner in value]
+    return value.value if hasattr(value, "value") else str(value)
