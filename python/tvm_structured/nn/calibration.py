@@ -88,6 +88,9 @@ def descended(member: Structure, layer: Layer, moments: Tensor) -> Structure:
         difference = type(member).from_factors(member.sizes_of, values).dense() - target
         loss = torch.einsum("ij,ij->", difference @ moments, difference) / scale
         loss.backward()
+        for value in values:  # L-BFGS takes flat views of them
+            if value.grad is not None:
+                value.grad = value.grad.contiguous()
         return loss
 
     optimizer.step(closure)  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tvm_structured.dialect import LayerCall
+from tvm_structured.dialect import LayerCall, register
 from tvm_structured.errors import KernelNotFoundError
 from tvm_structured.nn import ops as ops  # registers the torch operators that the map names
 from tvm_structured.schedules import KERNELS, ConvGeometry, Epilogue
@@ -27,6 +27,7 @@ def custom_convert_map(program: Any = None) -> dict[str, Converter]:
     Layers are named "<module path>.weight", like their dense twins. With the program (or its graph signature's
     `inputs_to_parameters`) the path is that of the factors; without it, that of the calling module.
     """
+    register()  # also for kernels that were added to the table since TVM was imported
     names = parameter_names(program)
 
     def linear(node: Any, importer: Any) -> Any:

@@ -137,7 +137,11 @@ def match_outputs(layer: Structured, samples: Samples, steps: int) -> tuple[floa
     def closure() -> Tensor:
         optimizer.zero_grad()
         with torch.enable_grad():
-            return distance(backward=True)
+            total = distance(backward=True)
+        for parameter in trained:  # L-BFGS takes flat views of them
+            if parameter.grad is not None:
+                parameter.grad = parameter.grad.contiguous()
+        return total
 
     with torch.no_grad():
         before = float(distance())
