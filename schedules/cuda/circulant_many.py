@@ -14,7 +14,7 @@ from tvm import tirx
 
 from tvm_structured.schedules.cuda.gemm import Tile
 from tvm_structured.schedules.cuda.spectral import Domain, emit_domain, pack_domain
-from tvm_structured.schedules.cuda.threads import Threads, f32
+from tvm_structured.schedules.cuda.threads import BYTES, VECTOR_BYTES, Threads, f32, load_vector, under
 from tvm_structured.schedules.cuda.writer import RowWriter
 from tvm_structured.schedules.fft import real_fft, real_ifft
 from tvm_structured.structures.circulant_pattern import Blocks
@@ -56,13 +56,18 @@ def pack_many(c: np.ndarray, tile: Tile, dtype: str) -> np.ndarray:
     return pack_domain(planes.astype(np.float32), tile, dtype)
 
 
-def emit_many(tile: Tile, blocks: Blocks, x: Any, weight: Any, writer: RowWriter, tensorize: bool) -> None:
+def emit_many(
+    tile: Tile, blocks: Blocks, x: Any, weight: Any, writer: RowWriter, tensorize: bool, joined: bool
+) -> None:
     n, (rows, columns, _) = blocks.length, blocks.factor_shape
     scale = forward_scale(n)
-    total = blocks.taps * blocks.width
+    total, dtype = blocks.taps * blocks.width, writer.site.dtype
+    vector = VECTOR_BYTES // BYTES[dtype]
 
     def fetch(t: Threads, row: Any, unit: Any) -> list[Any]:
         """The scaled block; zero beyond its tap, and for units beyond the last."""
+        if blocks.width % n == 0 and n % vector == 0:
+            return fetch_whole(t, row, unit)
         number = unit % blocks.columns
         first = number * n if blocks.taps == 1 else unit // blocks.columns * blocks.width + number * n
         values = []
@@ -74,6 +79,18 @@ def emit_many(tile: Tile, blocks: Blocks, x: Any, weight: Any, writer: RowWriter
             value[0] = tirx.if_then_else(exists, f32(x[row, first + c]) * f32(scale), f32(0.0))
             values.append(value[0])
         return values
+
+    def fetch_whole(t: Threads, row: Any, unit: Any) -> list[Any]:
+        """The same where blocks are whole vectors."""
+        raw = t.registers(n, dtype)
+        raw.fill()
+
+        def load() -> None:
+            for c in range(0, n, vector):
+                raw.set_vector(c, load_vector(x, (row, unit * n + c), vector), vector)
+
+        under(unit < columns, load)
+        return [t.value(f32(raw[c]) * f32(scale)) for c in range(n)]
 
     def forward(t: Threads, row: Any, unit: Any) -> dict[tuple[int, int], Any]:
         spectrum = real_fft(Scalars(t), fetch(t, row, unit))
@@ -91,4 +108,4 @@ def emit_many(tile: Tile, blocks: Blocks, x: Any, weight: Any, writer: RowWriter
         return [value * f32(1 / (n * scale)) for value in real_ifft(e, spectrum, n)]  # type: ignore[arg-type]
 
     domain = Domain(batches_of(n), 2, (rows, columns), forward, inverse, split_first=True)
-    emit_domain(domain, tile, weight, writer, lambda unit: unit * n, tensorize)
+    emit_domain(domain, tile, weight, writer, lambda unit: unit * n, tensorize, joined)

@@ -8,9 +8,10 @@ epilogues cost no pass of their own.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tvm import tirx
@@ -27,6 +28,7 @@ from tvm_structured.schedules.cuda.threads import (
     all_of,
     call,
     ceildiv,
+    compute,
     f32,
     launch,
     load_vector,
@@ -36,6 +38,10 @@ from tvm_structured.schedules.emit import either
 
 # (threads, batch, row, whether the row exists, first column, (re, im) for each of the neighbouring columns)
 Store = Callable[[Threads, Any, Any, Any, Any, Sequence[Sequence[Any]]], None]
+
+
+# (threads, load(batch, plane), row, whether it exists, column)
+Join = Callable[[Threads, Callable[[int, int], Any], Any, Any, Any], None]
 
 
 @dataclass(frozen=True)
@@ -117,18 +123,51 @@ class Gemm:
         self.sums = self.mi * self.ni * 4
 
     def emit(self, store: Store) -> None:
+        """store(threads, batch, row, exists, column, values) takes every pair of neighbouring sums."""
         tile = self.tile
         grid = (ceildiv(self.columns, tile.columns), ceildiv(self.rows, tile.rows), self.batches)
         with launch(grid, tile.threads, not self.tensorize) as (t, (bn, bm, batch)):
-            self.t, self.where = t, (batch, bm * tile.rows, bn)
-            # one allocation: TVM would let A and B share storage if it thought their lives apart
-            shape = (tile.stages, self.planes, tile.rows + tile.columns, tile.depth)
-            self.shared = t.shared(shape, self.dtype, padding=self.vector, opaque=True)
-            acc = t.registers(self.planes * self.sums)
-            with t.last_stage():
-                acc.fill()
-            self._multiply(acc)
-            self._store(acc, store)
+            self._emit_block(t, (batch, bm * tile.rows, bn))
+            self._store(self.acc, store)
+
+    def emit_joined(self, join: Join) -> None:
+        """All batches of a tile are made by a cluster of blocks. join(threads, load, row, exists, column) takes every
+        element once; load(batch, plane) reads its sums from the shared memory of the block that has them."""
+        tile, count = self.tile, self.batches
+        grid = (ceildiv(self.columns, tile.columns) * count, ceildiv(self.rows, tile.rows))
+        with launch(grid, tile.threads, False, cluster=count) as (t, (bx, bm)):
+            batch, bn = bx % count, bx // count
+            self._emit_block(t, (batch, bm * tile.rows, bn))
+            t.barrier()  # TVM lets the sums take over the storage of the tiles
+            sums = t.shared((self.planes, tile.rows, tile.columns), "float32", padding=2, opaque=True)
+            row, column = self._corner()
+            for place in self._places():
+                for plane, j in itertools.product(range(self.planes), range(2)):
+                    at = plane, row + place.row, column + place.column + j
+                    sums[at] = self.acc[plane * self.sums + place.first + j]
+            call("ts_cluster_sync", source=device_code.CLUSTER)
+            share = tile.rows // count
+            with I.serial(0, share * tile.columns // tile.threads) as turn:
+                i = turn * tile.threads + t.tx
+                m, n = batch * share + i // tile.columns, i % tile.columns
+
+                def load(source: int, plane: int) -> Any:
+                    operands = sums.address(plane, m, n), tirx.const(source, "int32")
+                    return compute("float32", "ts_remote", *operands, source=device_code.CLUSTER)
+
+                join(t, load, bm * tile.rows + m, self._row_exists(bm * tile.rows + m), bn * tile.columns + n)
+            call("ts_cluster_sync", source=device_code.CLUSTER)
+
+    def _emit_block(self, t: Threads, where: tuple[Any, Any, Any]) -> None:
+        """The sums of one tile into registers; `where` is its batch, first row and number along the columns."""
+        tile, self.t, self.where = self.tile, t, where
+        # one allocation: TVM would let A and B share storage if it thought their lives apart
+        shape = (tile.stages, self.planes, tile.rows + tile.columns, tile.depth)
+        self.shared = t.shared(shape, self.dtype, padding=self.vector, opaque=True)
+        self.acc = t.registers(self.planes * self.sums)
+        with t.last_stage():
+            self.acc.fill()
+        self._multiply(self.acc)
 
     def _multiply(self, acc: Registers) -> None:
         tile, t = self.tile, self.t
@@ -285,21 +324,33 @@ class Gemm:
                     term = f32(self.shared[slot, left, m, k]) * f32(self.shared[slot, right, n, k])
                     acc[to * self.sums + i] = acc[to * self.sums + i] + (term if sign > 0 else f32(0.0) - term)
 
+    def _places(self) -> list[Place]:
+        """Pairs of sums of this thread, as the fragments have them, in its warp's part of the tile."""
+        return [
+            Place((m * self.ni + n) * 4 + 2 * half, m * 16 + half * 8 + self.t.lane // 4, n * 8 + self.t.lane % 4 * 2)
+            for m, n, half in itertools.product(range(self.mi), range(self.ni), range(2))
+        ]
+
+    def _row_exists(self, row: Any) -> Any:
+        return True if isinstance(self.rows, int) and self.rows % self.tile.rows == 0 else row < self.rows
+
     def _store(self, acc: Registers, store: Store) -> None:
-        """Two neighbouring columns at a time, as the fragments have them."""
         batch, first_row, bn = self.where
-        complete = isinstance(self.rows, int) and self.rows % self.tile.rows == 0
         with self.t.last_stage():
             row, column = self._corner()
-            for m in range(self.mi):
-                for n in range(self.ni):
-                    for half in range(2):
-                        first = (m * self.ni + n) * 4 + 2 * half
-                        values = [[acc[p * self.sums + first + j] for p in range(self.planes)] for j in range(2)]
-                        at_row = first_row + row + (m * 16 + half * 8) + self.t.lane // 4
-                        at_column = bn * self.tile.columns + column + n * 8 + self.t.lane % 4 * 2
-                        exists = True if complete else at_row < self.rows
-                        store(self.t, batch, at_row, exists, at_column, values)
+            for place in self._places():
+                values = [[acc[p * self.sums + place.first + j] for p in range(self.planes)] for j in range(2)]
+                at_row = first_row + row + place.row
+                at_column = bn * self.tile.columns + column + place.column
+                store(self.t, batch, at_row, self._row_exists(at_row), at_column, values)
+
+
+class Place(NamedTuple):
+    """A pair of sums: the number of the first, its row and column."""
+
+    first: int
+    row: Any
+    column: Any
 
 
 Products = tuple[tuple[int, int, int, float], ...]  # (sum, plane of A, plane of B, sign)

@@ -67,6 +67,14 @@ def tiles(site: GpuSite, rows: Extent, columns: int, planes: int = 1, batches: i
     yield from sorted(usable, key=cost)
 
 
+def can_join(site: GpuSite, tile: Tile, batches: int, planes: int) -> bool:
+    """Whether the batches of a tile can be made by a cluster: a power of two up to 8 that divides the tile's rows."""
+    sums = planes * tile.rows * (tile.columns + 2) * 4
+    fits = tile.shared_bytes(site.dtype, planes) + sums <= site.gpu.dynamic_shared_memory
+    divides = tile.rows % batches == 0 and tile.rows // batches * tile.columns % tile.threads == 0
+    return site.gpu.capability >= 90 and batches in (2, 4, 8) and fits and divides
+
+
 def matrix(buffer: Any, depth: int, dtype: str) -> Operand:
     """A whole matrix (rows, depth) as the left operand."""
     vectors = depth % (VECTOR_BYTES // BYTES[dtype]) == 0

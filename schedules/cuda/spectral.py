@@ -51,13 +51,22 @@ def pack_domain(weight: np.ndarray, tile: Tile, dtype: str) -> np.ndarray:
 
 
 def emit_domain(
-    domain: Domain, tile: Tile, weight: Any, writer: RowWriter, place: Callable[[Any], Any], tensorize: bool
+    domain: Domain,
+    tile: Tile,
+    weight: Any,
+    writer: RowWriter,
+    place: Callable[[Any], Any],
+    tensorize: bool,
+    joined: bool = False,
 ) -> None:
-    """The three kernels. place(unit) is the first column of a unit of y."""
+    """The kernels. place(unit) is the first column of a unit of y.
+
+    With `joined` the product and the inverse are one: the blocks that make the batches of a tile are a cluster, and
+    read each other's sums. Without `tensorize` they stay two.
+    """
     rows, dtype = writer.site.rows, writer.site.dtype
     out, inner = (multiple(units, 8) for units in domain.units)
     spectra = scratch((domain.batches, domain.planes, rows, inner), dtype)
-    products = scratch((domain.batches, domain.planes, rows, out), "float32")
     emit_forward(domain, rows, inner, dtype, spectra, tensorize)
 
     operand = Operand(spectra, lambda batch, plane, row, k: (batch, plane, row, k), inner, True)
@@ -73,6 +82,18 @@ def emit_domain(
         split_first=domain.split_first,
         tensorize=tensorize,
     )
+
+    if joined and tensorize:
+
+        def join(t: Threads, load: Any, row: Any, exists: Any, unit: Any) -> None:
+            under(
+                all_of([exists, unit < domain.units[0]]),
+                lambda: writer.store_run(t, domain.inverse(t, load, unit), row, True, place(unit)),
+            )
+
+        gemm.emit_joined(join)
+        return
+    products = scratch((domain.batches, domain.planes, rows, out), "float32")
 
     def store(t: Threads, batch: Any, row: Any, exists: Any, column: Any, values: Any) -> None:
         for plane in range(domain.planes):

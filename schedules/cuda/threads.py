@@ -172,14 +172,21 @@ class Threads:
 
 
 @contextmanager
-def launch(grid: Sequence[Extent], threads: int, serial: bool) -> Iterator[tuple[Threads, list[Any]]]:
-    """One kernel: `grid` blocks (x, y, z) of `threads` threads. Yields the threads and the block's coordinates."""
+def launch(grid: Sequence[Extent], threads: int, serial: bool, cluster: int = 1) -> Iterator[tuple[Threads, list[Any]]]:
+    """One kernel: `grid` blocks (x, y, z) of `threads` threads. Yields the threads and the block's coordinates.
+
+    So many blocks in succession along x make a cluster, and can read each other's shared memory (sm_90).
+    """
     made = Threads(threads, serial)
     frames = []
     where = []
     for extent, axis in zip(grid, "xyz", strict=False):
         frame = I.thread_binding(0, i32(extent), thread=f"blockIdx.{axis}")
         where.append(frame.__enter__())
+        frames.append(frame)
+    if cluster > 1:
+        frame = I.thread_binding(0, cluster, thread="clusterCtaIdx.x")
+        frame.__enter__()
         frames.append(frame)
     if not serial:
         frame = I.thread_binding(0, threads, thread="threadIdx.x")
@@ -200,6 +207,11 @@ def scratch(shape: Sequence[Extent], dtype: str) -> Any:
 def call(name: str, *args: Any, source: str) -> None:
     """Call a device function that is given as CUDA source."""
     I.evaluate(cuda_func_call(name, *args, source_code=source))
+
+
+def compute(dtype: str, name: str, *args: Any, source: str) -> Any:
+    """The value of a device function."""
+    return cuda_func_call(name, *args, source_code=source, return_type=dtype)
 
 
 def load_vector(buffer: Any, index: Sequence[Any], lanes: int) -> Any:
