@@ -19,7 +19,6 @@ from tvm_structured.schedules.images import ImageShape
 from tvm_structured.schedules.patches import patches_func, rows_to_image_func
 from tvm_structured.structures import Structure
 
-CONV_KERNELS = ("conv2d", "winograd")  # they take images; all others take rows
 Configure = Callable[[Kernel, Structure, Site], Config]
 
 
@@ -44,7 +43,11 @@ def legalize_with(configure: Configure) -> Callable[[Any, Any], Any]:
         cpu = current_cpu()
         if unpacked.conv is None:
             return lower_dense(builder, unpacked, static_shape(unpacked.x), static_shape(call), cpu, configure)
-        if unpacked.op in CONV_KERNELS:
+        if unpacked.conv.groups != 1 and not unpacked.is_canonical:
+            raise KernelNotFoundError(
+                f"{unpacked.layer}: {unpacked.op} has no kernel for {unpacked.conv.groups} groups; leave it dense"
+            )
+        if unpacked.op in KERNELS and KERNELS[unpacked.op].takes_images:
             return emit_kernel(builder, unpacked, unpacked.x, unpacked.operands, unpacked.images()[1], cpu, configure)
         return lower_on_patches(builder, unpacked, static_shape(call), cpu, configure)
 
@@ -101,7 +104,7 @@ def kernel_and_site(call: Any, cpu: Cpu) -> tuple[Kernel, Structure, Site]:
     kernel = KERNELS.get(call.op)
     if kernel is None:
         raise KernelNotFoundError(f"{call.layer}: no kernel is registered for {call.op!r}; add it to schedules.KERNELS")
-    if call.op in CONV_KERNELS:
+    if call.conv is not None and kernel.takes_images:
         x, y = call.images()
         leading, blocked = bindable(x[0]), (call.has_blocks, bool(call.out_block))
         return (
@@ -133,8 +136,6 @@ def lower_on_patches(builder: Any, call: Any, stored_y: Any, cpu: Cpu, configure
     x_shape, y_shape = call.images()
     batch = bindable(x_shape[0])
     shape = ImageShape.of(Site((batch, *x_shape[1:]), (batch, *y_shape[1:]), cpu, call.epilogue, call.conv))
-    if shape.groups != 1:
-        raise KernelNotFoundError(f"{call.layer}: {call.op} has no kernel for {shape.groups} groups; leave it dense")
     rows = x_shape[0] * (shape.output[0] * shape.output[1])
     to_rows = builder.add_func((block_patches_func if call.has_blocks else patches_func)(shape, cpu), "patches")
     patches = builder.emit(relax.call_tir(to_rows, [call.x], relax.TensorType((rows, shape.depth), "float32")))

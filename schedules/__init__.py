@@ -10,7 +10,9 @@ from tvm_structured.schedules.debut import DeButKernel
 from tvm_structured.schedules.dense import DenseKernel
 from tvm_structured.schedules.low_rank import LowRankKernel
 from tvm_structured.schedules.permuted_diagonal import PermutedDiagonalKernel
+from tvm_structured.schedules.spatial_low_rank import SpatialLowRankKernel
 from tvm_structured.schedules.tensor_train import TensorTrainKernel
+from tvm_structured.schedules.tucker import TuckerKernel
 from tvm_structured.schedules.winograd import WinogradKernel
 
 KERNELS: dict[str, Kernel] = {
@@ -22,7 +24,9 @@ KERNELS: dict[str, Kernel] = {
         DeButKernel(),
         LowRankKernel(),
         PermutedDiagonalKernel(),
+        SpatialLowRankKernel(),
         TensorTrainKernel(),
+        TuckerKernel(),
         WinogradKernel(),
     )
 }

@@ -94,6 +94,9 @@ class Kernel(ABC):
     """One kernel family. Arguments of its PrimFunc: x, *packed, then the epilogue's operands, then y."""
 
     name: ClassVar[str]
+    takes_images: ClassVar[bool] = (
+        False  # True: runs on the image itself where the layer is a convolution, not on patches
+    )
 
     @abstractmethod
     def configs(self, structure: Structure, site: Site) -> Iterator[Config]:

@@ -41,6 +41,15 @@ class BlockWriter:
         self.residual = None if residual is None else block_view(residual)
         self.y = block_view(y)
 
+    @classmethod
+    def onto(cls, emitter: Emitter, buffer: Any) -> BlockWriter:
+        """A writer without an epilogue onto a buffer (batch, blocks, pixels * lanes): one step of several."""
+        writer = cls.__new__(cls)
+        writer.emitter, writer.epilogue = emitter, Epilogue()
+        writer.scale = writer.bias = writer.residual = None
+        writer.y = buffer
+        return writer
+
     def feature(self, operand: Any, block: Any) -> Any:
         """The vector of a per-channel operand; zero where there is no channel."""
         e, first = self.emitter, block * self.emitter.lanes

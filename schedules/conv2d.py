@@ -35,6 +35,7 @@ class Conv2dKernel(Kernel):
     """Direct convolution of any kernel, stride, padding, dilation and group count."""
 
     name = "conv2d"
+    takes_images = True
 
     def configs(self, structure: Structure, site: Site) -> Iterator[Config]:
         shape = ImageShape.of(site)
@@ -62,8 +63,7 @@ class Conv2dKernel(Kernel):
             x = arg("x", site.stored_x)
             weight = arg("weight", self.packed_shape(shape, site, config))
             writer = (BlockWriter if site.blocked_y else ImageWriter)(e, site.epilogue, site.y_shape)
-            flat = block_view(x) if site.blocked_x else view(x, (*site.x_shape[:2], math.prod(shape.image)))
-            EMIT[config["form"]](e, shape, config, flat, weight, writer)
+            EMIT[config["form"]](e, shape, config, flat_image(x, site), weight, writer)
         return made.func
 
     def packed_shape(self, shape: ImageShape, site: Site, config: Config) -> tuple[int, ...]:
@@ -77,6 +77,11 @@ class Conv2dKernel(Kernel):
             case "blocks":
                 return conv_blocks.packed_shape(shape, lanes, config["nr"])
         return packed_shape(shape, block_size(site, config))
+
+
+def flat_image(x: Any, site: Site) -> Any:
+    """x as convolutions read it: (batch, channels, pixels), or (batch, blocks, pixels * lanes)."""
+    return block_view(x) if site.blocked_x else view(x, (*site.x_shape[:2], math.prod(site.x_shape[2:])))
 
 
 def block_size(site: Site, config: Config) -> int:

@@ -118,6 +118,15 @@ class ImageWriter:
         self.residual = None if residual is None else view(residual, flat)
         self.y = view(y, flat)
 
+    @classmethod
+    def onto(cls, emitter: Emitter, buffer: Any) -> ImageWriter:
+        """A writer without an epilogue onto a buffer (batch, out, pixels): one step of several."""
+        writer = cls.__new__(cls)
+        writer.emitter, writer.epilogue = emitter, Epilogue()
+        writer.scale = writer.bias = writer.residual = None
+        writer.y = buffer
+        return writer
+
     def store(self, value: Any, image: Any, channel: Any, pixel: Any, mask: Any = None) -> None:
         """act(scale * value + bias + residual) for `lanes` pixels, or those under the mask."""
         e, index = self.emitter, (image, channel, pixel)

@@ -1,4 +1,4 @@
-"""Low rank: y = U (V x), the thin intermediate stays in cache."""
+"""Low rank: y = U (V x), the thin intermediate stays in cache; of a convolution V's filters, then 1 x 1 ones by U."""
 
 from __future__ import annotations
 
@@ -7,23 +7,28 @@ from typing import Any
 
 import numpy as np
 
-from tvm_structured.schedules.base import Config, Kernel, Site
+from tvm_structured.schedules.base import Config, Site
+from tvm_structured.schedules.conv_chain import ConvChainKernel
 from tvm_structured.schedules.dense import gemm, gemm_config
 from tvm_structured.schedules.emit import Emitter, arg, prim_func, scratch
 from tvm_structured.schedules.epilogue import RowWriter
 from tvm_structured.schedules.gemm import pack_panels
 from tvm_structured.structures.base import Structure
+from tvm_structured.structures.conv_chain import Step
 
 # starting the other threads twice takes as long as this many operations on one
 FEW_OPERATIONS = 2_000_000
 
 
-class LowRankKernel(Kernel):
-    """Two packed GEMMs in one kernel."""
+class LowRankKernel(ConvChainKernel):
+    """Two packed GEMMs in one kernel, or two convolutions."""
 
     name = "low_rank"
 
     def configs(self, structure: Structure, site: Site) -> Iterator[Config]:
+        if site.conv is not None:
+            yield from super().configs(structure, site)
+            return
         rank, (out, inner) = structure.factors["v"].shape[0], structure.shape
         is_tiny = isinstance(site.rows, int) and structure.flops(site.rows) < FEW_OPERATIONS
         thin = gemm_config(site.cpu, site.rows, rank, inner)
@@ -35,6 +40,8 @@ class LowRankKernel(Kernel):
         yield {"thin": {**thin, "prefetch": 1 - thin["prefetch"]}, "wide": wide, "threads": threads}
 
     def pack(self, structure: Structure, site: Site, config: Config) -> dict[str, np.ndarray]:
+        if site.conv is not None:
+            return super().pack(structure, site, config)
         u, v = structure.factors["u"], structure.factors["v"]
         return {
             "v": pack_panels(v, config["thin"]["nr"] * site.cpu.lanes),
@@ -42,6 +49,8 @@ class LowRankKernel(Kernel):
         }
 
     def prim_func(self, structure: Structure, site: Site, config: Config) -> Any:
+        if site.conv is not None:
+            return super().prim_func(structure, site, config)
         (out, inner), rank = structure.shape, structure.factors["v"].shape[0]
         rows, e = site.rows, Emitter(site.cpu)
         packed = {name: array.shape for name, array in self.pack(structure, site, config).items()}
@@ -54,3 +63,8 @@ class LowRankKernel(Kernel):
             gemm(e, x, v, stage, rows, inner, {**config["thin"], "threads": config["threads"]})
             gemm(e, thin, u, writer, rows, rank, {**config["wide"], "threads": config["threads"]})
         return made.func
+
+    def steps(self, structure: Structure, site: Site) -> tuple[Step, ...]:
+        assert site.conv is not None
+        u, v = structure.factors["u"], structure.factors["v"]
+        return Step(v, site.conv.kernel, (True, True)), Step(u)

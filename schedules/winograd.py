@@ -31,6 +31,7 @@ class WinogradKernel(Kernel):
     """Fused or staged Winograd on NCHW images."""
 
     name = "winograd"
+    takes_images = True
 
     def configs(self, structure: Structure, site: Site) -> Iterator[Config]:
         assert isinstance(structure, Winograd)

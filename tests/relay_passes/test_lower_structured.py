@@ -15,12 +15,11 @@ from tvm import relax, tirx
 from tvm_structured import dialect
 from tvm_structured.dialect import LayerCall
 from tvm_structured.errors import KernelNotFoundError
-from tvm_structured.relay_passes.lower_structured import CONV_KERNELS
 from tvm_structured.schedules import KERNELS, ConvGeometry, Epilogue
 from tvm_structured.structures import STRUCTURES, Conv2d, Dense, as_layer
 
 RNG = np.random.default_rng(0)
-MATRIX_FAMILIES = [name for name, family in STRUCTURES.items() if name in KERNELS and name not in CONV_KERNELS]
+MATRIX_FAMILIES = [name for name, family in STRUCTURES.items() if not KERNELS[name].takes_images]
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -9,7 +9,9 @@ from tvm_structured.structures.debut import DeBut
 from tvm_structured.structures.layer import Conv2d, Dense, Layer, as_layer
 from tvm_structured.structures.low_rank import LowRank
 from tvm_structured.structures.permuted_diagonal import PermutedDiagonal
+from tvm_structured.structures.spatial_low_rank import SpatialLowRank
 from tvm_structured.structures.tensor_train import TensorTrain
+from tvm_structured.structures.tucker import Tucker
 from tvm_structured.structures.unstructured import Unstructured
 from tvm_structured.structures.winograd import Winograd
 
@@ -20,7 +22,9 @@ STRUCTURES: dict[str, type[Structure]] = {
         DeBut,
         LowRank,
         PermutedDiagonal,
+        SpatialLowRank,
         TensorTrain,
+        Tucker,
         Winograd,
     )
 }

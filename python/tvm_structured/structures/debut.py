@@ -12,10 +12,11 @@ import numpy as np
 from typing_extensions import Self
 
 from tvm_structured.errors import ModelError
+from tvm_structured.structures.arrays import permuted
 from tvm_structured.structures.base import Size, Structure, as_budget, factor, fits
 from tvm_structured.structures.budget import Budget
 from tvm_structured.structures.debut_chain import Chain, as_chain, generate_chains, num_params
-from tvm_structured.structures.debut_fit import merge_all, peel, permuted, sweep
+from tvm_structured.structures.debut_fit import merge_all, peel, sweep
 from tvm_structured.structures.debut_lattice import (
     is_trivial,
     possible_splits,

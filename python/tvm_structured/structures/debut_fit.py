@@ -11,17 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from tvm_structured.structures.arrays import permuted
 from tvm_structured.structures.debut_chain import Chain
 from tvm_structured.structures.layer import Array
 
 EIGEN = 24  # Gram matrices up to this size go to LAPACK, larger ones are squared again and again
 SQUARINGS = 8  # the leading direction is then 2^8 power steps ahead
 SLICE = 1 << 22  # numbers that are split at a time
-
-
-def permuted(x: Any, *axes: int) -> Any:
-    """Axes in another order; numpy or torch."""
-    return x.permute(axes) if hasattr(x, "detach") else x.transpose(axes)
 
 
 def merge_grids(after: Any, before: Any) -> Any:

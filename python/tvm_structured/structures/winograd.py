@@ -17,6 +17,7 @@ import numpy as np
 from typing_extensions import Self
 
 from tvm_structured.errors import ModelError
+from tvm_structured.structures.arrays import contract
 from tvm_structured.structures.base import Size, Structure, as_budget, factor, fits
 from tvm_structured.structures.budget import Budget
 from tvm_structured.structures.layer import Array, Conv2d, Layer, as_layer
@@ -251,14 +252,3 @@ def overlapping_tiles(x: Any, step: int, size: int, rows: int, columns: int) -> 
     y = np.arange(rows)[:, None] * step + np.arange(size)
     z = np.arange(columns)[:, None] * step + np.arange(size)
     return padded[:, :, y[:, None, :, None], z[None, :, None, :]]
-
-
-def contract(equation: str, *operands: Any) -> Any:
-    """einsum for numpy and torch; numpy operands beside torch ones are converted."""
-    tensor = next((operand for operand in operands if not isinstance(operand, np.ndarray)), None)
-    if tensor is None:
-        return np.einsum(equation, *operands, optimize=True)
-    import torch
-
-    operands = tuple(torch.as_tensor(operand, dtype=tensor.dtype, device=tensor.device) for operand in operands)
-    return torch.einsum(equation, *operands)
