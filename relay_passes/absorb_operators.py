@@ -20,7 +20,7 @@ from tvm_structured.relay_passes.compose_epilogue import (
     with_bounds,
     with_residual,
 )
-from tvm_structured.relay_passes.expressions import is_float32, op_name, same_shape, scalar
+from tvm_structured.relay_passes.expressions import is_float, op_name, same_shape, scalar
 from tvm_structured.relay_passes.layer_site import Site
 from tvm_structured.relay_passes.match_gelu import gelu_argument
 from tvm_structured.structures.layer import Array
@@ -43,7 +43,8 @@ def absorb_add(fuser: Any, call: Any) -> Any | None:
 
 def add_residual(fuser: Any, site: Site, operand: Any, other: Any) -> LayerCall | None:
     """A tensor of the same shape joins the accumulator; behind views that keep the order it is reshaped back."""
-    if not site.keeps_order or not is_float32(other) or not same_shape(static_shape(other), static_shape(operand)):
+    is_one_type = is_float(fuser.dtypes, other, operand)
+    if not site.keeps_order or not is_one_type or not same_shape(static_shape(other), static_shape(operand)):
         return None
     if with_residual(site.layer, other) is None or not site.views:
         return with_residual(site.layer, other)

@@ -19,7 +19,7 @@ from tvm.relax.expr_functor import PyExprMutator, mutator
 from tvm_structured import dialect
 from tvm_structured.dialect import LayerCall
 from tvm_structured.errors import ModelError
-from tvm_structured.relay_passes.expressions import count_uses
+from tvm_structured.relay_passes.expressions import FLOAT32, count_uses
 from tvm_structured.relay_passes.find_layers import find_calls
 from tvm_structured.relay_passes.fold_weights import WeightFolder
 from tvm_structured.relay_passes.match_conv import match_conv
@@ -35,18 +35,24 @@ class CanonicalizeLayers:
 
     `params`: Relax variable name -> value, for every parameter of `main` that is no input (the first `num_input` are
     inputs; without that attribute, those that `params` does not name). `names`: Relax variable name -> name of the
-    parameter. Raises ModelError for a parameter without a value and for a value of another shape or type.
+    parameter. `dtypes`: the types of which a layer may be; all its tensors have one type. Raises ModelError for a
+    parameter without a value and for a value of another shape or type.
     """
 
-    def __init__(self, params: Mapping[str, Any] | None = None, names: Mapping[str, str] | None = None) -> None:
-        self.params, self.names = dict(params or {}), dict(names or {})
+    def __init__(
+        self,
+        params: Mapping[str, Any] | None = None,
+        names: Mapping[str, str] | None = None,
+        dtypes: tuple[str, ...] = FLOAT32,
+    ) -> None:
+        self.params, self.names, self.dtypes = dict(params or {}), dict(names or {}), dtypes
 
     def transform_module(self, mod: Any, ctx: Any) -> Any:
         dialect.register()
         function = main_of(mod)
         params = weights_of(function, self.params)
         names = tied_names(function, params, self.names)
-        mod = _Canonicalizer(mod, function, WeightFolder(mod, function, params, names)).run(function)
+        mod = _Canonicalizer(mod, function, WeightFolder(mod, function, params, names), self.dtypes).run(function)
         mod = relax.transform.BindParams("main", params)(mod)
         mod.update_func(mod.get_global_var("main"), mod["main"].without_attr("params"))  # the importers' own values
         return mod
@@ -111,12 +117,13 @@ def tied_names(function: Any, params: Mapping[str, Array], names: Mapping[str, s
 class _Canonicalizer(PyExprMutator):
     """Also what the matchers see.
 
-    Of the function as it was: `weights`, `reads`, `lookup` and `source`. For the new one: `names`, `visit` (rewrite an
-    input) and `emit` (bind an expression).
+    `dtypes`: what a layer may be of. Of the function as it was: `weights`, `reads`, `lookup` and `source`. For the new
+    one: `names`, `visit` (rewrite an input) and `emit` (bind an expression).
     """
 
-    def __init__(self, mod: Any, function: Any, weights: WeightFolder) -> None:
+    def __init__(self, mod: Any, function: Any, weights: WeightFolder, dtypes: tuple[str, ...]) -> None:
         super().__init__(mod)
+        self.dtypes = dtypes
         self.mod, self.weights, self.names = mod, weights, LayerNames(find_calls(mod))
         self.reads, self.lookup = count_uses(function), weights.bindings.get
 

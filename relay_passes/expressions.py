@@ -19,12 +19,21 @@ def op_name(expr: Any) -> str:
     return ""
 
 
+FLOAT32 = ("float32",)  # what the CPU's kernels compute on
+FLOATS = ("float32", "float16", "bfloat16")  # the GPU's
+
+
 def is_float32(*exprs: Any) -> bool:
-    """Whether all are float32 tensors of known rank: what the kernels compute on."""
-    return all(
-        isinstance(e.ty, relax.TensorType) and str(e.ty.dtype) == "float32" and static_shape(e) is not None
-        for e in exprs
-    )
+    """Whether all are float32 tensors of known rank."""
+    return is_float(FLOAT32, *exprs)
+
+
+def is_float(dtypes: tuple[str, ...], *exprs: Any) -> bool:
+    """Whether all are tensors of known rank and of one type, one of `dtypes`."""
+    if not all(isinstance(e.ty, relax.TensorType) and static_shape(e) is not None for e in exprs):
+        return False
+    found = {str(e.ty.dtype) for e in exprs}
+    return len(found) == 1 and found <= set(dtypes)
 
 
 def shape_of(expr: Any) -> tuple[Any, ...]:

@@ -25,7 +25,7 @@ from tvm_structured.dialect import LayerCall, static_shape
 from tvm_structured.relay_passes.absorb_operators import ABSORB
 from tvm_structured.relay_passes.canonicalize_layers import main_of
 from tvm_structured.relay_passes.compose_epilogue import with_affine
-from tvm_structured.relay_passes.expressions import count_uses, is_float32, op_name, permutation, same_shape
+from tvm_structured.relay_passes.expressions import FLOAT32, count_uses, is_float, op_name, permutation, same_shape
 from tvm_structured.relay_passes.fold_weights import WeightFolder
 from tvm_structured.relay_passes.layer_site import VIEWS, Site, find_site
 from tvm_structured.relay_passes.recognize_tir import recognize
@@ -33,12 +33,15 @@ from tvm_structured.relay_passes.recognize_tir import recognize
 
 @tvm.transform.module_pass(opt_level=0, name="FuseEpilogue")
 class FuseEpilogue:
-    """Epilogues of the structured operators of `main`."""
+    """Epilogues of the structured operators of `main`. `dtypes`: those of the layers."""
+
+    def __init__(self, dtypes: tuple[str, ...] = FLOAT32) -> None:
+        self.dtypes = dtypes
 
     def transform_module(self, mod: Any, ctx: Any) -> Any:
         dialect.register()
         function = relax.analysis.remove_all_unused(main_of(mod))  # dead readers would forbid fusing
-        mod = _Fuser(mod, function).run(function)
+        mod = _Fuser(mod, function, self.dtypes).run(function)
         return relax.transform.DeadCodeElimination()(mod)
 
 
@@ -46,8 +49,9 @@ class FuseEpilogue:
 class _Fuser(PyExprMutator):
     """One walk, front to back: each operation finds its operand's layer already holding what came before."""
 
-    def __init__(self, mod: Any, function: Any) -> None:
+    def __init__(self, mod: Any, function: Any, dtypes: tuple[str, ...]) -> None:
         super().__init__(mod)
+        self.dtypes = dtypes
         self.mod, self.weights, self.reads = mod, WeightFolder(mod, function), count_uses(function)
 
     def run(self, function: Any) -> Any:
@@ -100,7 +104,7 @@ class _Fuser(PyExprMutator):
             return new if permuted is None else permuted
         meaning = self.meaning(new)
         absorb = ABSORB.get(op_name(meaning))
-        absorbed = absorb(self, meaning) if absorb is not None and is_float32(call) else None
+        absorbed = absorb(self, meaning) if absorb is not None and is_float(self.dtypes, call) else None
         return new if absorbed is None else absorbed
 
     def fuse_batch_norm(self, call: Any) -> Any | None:

@@ -43,7 +43,7 @@ class Site:
 
     def per_channel(self, value: Array, rank: int) -> Array | None:
         """A constant that broadcasts along everything but the features, as (out,) in float64; else None."""
-        if value.ndim > rank or value.dtype.kind != "f":
+        if value.ndim > rank or not (value.dtype.kind == "f" or str(value.dtype) == "bfloat16"):
             return None
         out = matrix_shape(self.layer)[0]
         aligned = value.reshape((1,) * (rank - value.ndim) + value.shape)

@@ -12,7 +12,7 @@ from typing import Any
 from tvm import relax
 
 from tvm_structured.dialect import LayerCall, static_shape
-from tvm_structured.relay_passes.expressions import integers, is_float32, is_static, op_name
+from tvm_structured.relay_passes.expressions import integers, is_float, is_static, op_name
 from tvm_structured.schedules.base import ConvGeometry
 
 SPATIAL = {"relax.nn.conv1d": "W", "relax.nn.conv2d": "HW"}
@@ -24,7 +24,7 @@ def match_conv(ctx: Any, call: Any) -> Any | None:
     The batch may be symbolic; channels and spatial extents have to be known.
     """
     spatial = SPATIAL.get(op_name(call))
-    if spatial is None or not is_float32(call, *call.args):
+    if spatial is None or not is_float(ctx.dtypes, call, *call.args):
         return None
     layouts = layouts_of(call, spatial)
     weight = ctx.weights.fold(call.args[1])

@@ -16,7 +16,7 @@ from tvm import relax
 
 from tvm_structured.dialect import LayerCall, static_shape
 from tvm_structured.relay_passes.expressions import (
-    is_float32,
+    is_float,
     op_name,
     permutation,
     same_extent,
@@ -35,7 +35,7 @@ def match_dense(ctx: Any, call: Any, result: Any) -> Any | None:
     `result` is the call as it stands in the module; `call` is what it means (the same, but for recognised TensorIR).
     """
     operands = operands_of(call)
-    if operands is None or not is_float32(result, *operands):
+    if operands is None or not is_float(ctx.dtypes, result, *operands):
         return None
     folded = [ctx.weights.fold(unrepeated(ctx, operand)) for operand in operands]
     if sum(weight is not None for weight in folded) != 1:

@@ -48,7 +48,7 @@ class LayerNames:
             if found is not None and found.geometry == geometry and is_identical(found.array, array):
                 return found
         array = np.ascontiguousarray(array)
-        self.layers[name] = NamedWeight(name, array, geometry, relax.const(array, "float32"))
+        self.layers[name] = NamedWeight(name, array, geometry, relax.const(array, str(array.dtype)))
         return self.layers[name]
 
     def base_name(self, origin: Origin) -> str:

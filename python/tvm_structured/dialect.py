@@ -153,6 +153,8 @@ class LayerCall:
         weight = constant(self.factors[0])
         if weight is None:
             raise ModelError(f"{self.layer}: the weight is not a constant; bind the model's parameters first")
+        if weight.dtype.itemsize < 4:  # the mathematics is done in float32, also of weights that are stored in half
+            weight = weight.astype(np.float32)
         if self.conv is None:
             return Dense(self.layer, weight)
         shape = static_shape(self.x)

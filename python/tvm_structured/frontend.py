@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from tvm_structured.errors import EnvironmentMismatchError, ModelError
+from tvm_structured.half_precision import results_of_own_type
 from tvm_structured.inputs import Input
 
 SUFFIXES = (".onnx", ".pt2")
@@ -120,7 +121,7 @@ def from_torch(model: Any, inputs: Any) -> Imported:
         model = export(model, as_tuple(inputs))
     model = simplify(model)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), results_of_own_type():
             # TVM's importer calls a part of torch's pytree that torch has deprecated
             warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
             mod = from_exported_program(
