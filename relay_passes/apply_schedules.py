@@ -13,6 +13,7 @@ from tvm.ir import IRModule
 from tvm.ir.transform import PassContext, module_pass
 from tvm.target import Target
 
+from tvm_structured.schedules.cuda.fallback import with_gpu_schedules
 from tvm_structured.schedules.fallback import default_schedule
 from tvm_structured.schedules.producers import inline_producers
 from tvm_structured.schedules.vector_math import with_vector_math
@@ -22,19 +23,21 @@ SCHEDULED = "tirx.is_scheduled"
 
 @module_pass(opt_level=0, name="ApplySchedules")
 class ApplySchedules:
-    """Schedules for the CPU of the enclosing `with target:`. `database` is a MetaSchedule database or None."""
+    """Schedules for the CPU or GPU of the enclosing `with target:`. `database` is a MetaSchedule database or None."""
 
     def __init__(self, database: Any = None) -> None:
         self.database = database
 
     def transform_module(self, mod: Any, _: PassContext) -> Any:
         target = Target.current(allow_none=True)
-        if target is None or "cpu" not in target.keys:
+        if target is None or not {"cpu", "cuda"}.intersection(target.keys):
             return mod
         mod = updated(mod, lambda func: tuned(self.database, func, target))
         # TVM recognises a view by its loops, so before they are scheduled
         mod = relax.transform.RewriteDataflowReshape()(updated(mod, as_view))
         mod = relax.transform.DeadCodeElimination()(mod)
+        if "cuda" in target.keys:
+            return with_gpu_schedules(mod)
         return updated(mod, lambda func: scheduled(default_schedule(func, target)))
 
 

@@ -15,6 +15,7 @@ from tvm.target import Target
 from tvm_structured.errors import KernelNotFoundError
 from tvm_structured.schedules import KERNELS, Config, Cpu, Epilogue, Kernel, Site
 from tvm_structured.schedules.block_patches import block_patches_func, rows_to_blocks_func
+from tvm_structured.schedules.gpu import Gpu
 from tvm_structured.schedules.images import ImageShape
 from tvm_structured.schedules.patches import patches_func, rows_to_image_func
 from tvm_structured.structures import Structure
@@ -40,6 +41,11 @@ def legalize_with(configure: Configure) -> Callable[[Any, Any], Any]:
 
         unpacked = LayerCall.of(call)
         assert unpacked is not None
+        target = Target.current(allow_none=True)
+        if target is not None and "cuda" in target.keys:
+            from tvm_structured.relay_passes.lower_on_gpu import lower_on_gpu
+
+            return lower_on_gpu(builder, unpacked, static_shape(call), Gpu.of(target), configure)
         cpu = current_cpu()
         if unpacked.conv is None:
             return lower_dense(builder, unpacked, static_shape(unpacked.x), static_shape(call), cpu, configure)
@@ -58,7 +64,7 @@ def current_cpu() -> Cpu:
     """The CPU of the enclosing `with target:`, else TVM's baseline."""
     target = Target.current(allow_none=True) or Target("llvm")
     if "cpu" not in target.keys:
-        raise KernelNotFoundError(f"no structured kernels for target {target}; use an LLVM target")
+        raise KernelNotFoundError(f"no structured kernels for target {target}; use an LLVM or a CUDA target")
     return Cpu.of(target)
 
 

@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 from tvm import relax
-from tvm.ir.transform import Sequential
+from tvm.ir.transform import PassContext, Sequential, module_pass
 
 from tvm_structured.dialect import PREFIX
 from tvm_structured.relay_passes.apply_schedules import ApplySchedules
 from tvm_structured.relay_passes.block_layouts import BlockLayouts
 from tvm_structured.relay_passes.canonicalize_layers import CanonicalizeLayers
+from tvm_structured.relay_passes.emulate_kernels import EmulateKernels
+from tvm_structured.relay_passes.expressions import FLOAT32, FLOATS
 from tvm_structured.relay_passes.fuse_attention import FuseAttention
 from tvm_structured.relay_passes.fuse_epilogue import FuseEpilogue
 from tvm_structured.relay_passes.lower_structured import default_config, legalize_with
@@ -25,14 +27,15 @@ from tvm_structured.schedules.cpu import Cpu
 def canonical_pipeline(params: Mapping[str, np.ndarray], names: Mapping[str, str], target: Any = None) -> Sequential:
     """An imported module --> one whose layers are `structured.dense` and `structured.conv2d` calls.
 
-    For a CPU target images are in blocks of channels between convolutions.
+    For a CPU target images are in blocks of channels between convolutions; for a GPU layers may be of half precision.
     """
+    dtypes = FLOATS if target is not None and "cuda" in target.keys else FLOAT32
     layouts = [BlockLayouts(Cpu.of(target))] if target is not None and "cpu" in target.keys else []
     return Sequential(
         [
-            CanonicalizeLayers(params, names),
+            CanonicalizeLayers(params, names, dtypes),
             relax.transform.CanonicalizeBindings(),  # looks through tuples, such as that of max pooling and its indices
-            FuseEpilogue(),
+            FuseEpilogue(dtypes),
             *layouts,
         ]
     )
@@ -65,3 +68,36 @@ def lowering_pipeline(choices: Mapping[str, Any], records: Any = None) -> Sequen
             relax.transform.DeadCodeElimination(),
         ]
     )
+
+
+def emulation_pipeline(choices: Mapping[str, Any], target: Any, host: Any) -> Sequential:
+    """A canonical module and a plan for a GPU --> the same kernels, one thread after the other, on this CPU.
+
+    Without tensor cores and other instructions that only a GPU has; what has no kernel of ours runs as on a CPU.
+    """
+    return Sequential(
+        [
+            Within(target, lowering_pipeline(choices, WithoutIntrinsics())),
+            EmulateKernels(),
+            Within(host, ApplySchedules()),
+        ]
+    )
+
+
+class WithoutIntrinsics:
+    """Records that ask every kernel for its default schedule with plain blocks."""
+
+    def configure(self, kernel: Any, structure: Any, site: Any) -> dict[str, Any]:
+        return {**default_config(kernel, structure, site), "tensorize": False}
+
+
+@module_pass(opt_level=0, name="Within")
+class Within:
+    """A pass run with another target entered."""
+
+    def __init__(self, target: Any, inner: Any) -> None:
+        self.target, self.inner = target, inner
+
+    def transform_module(self, mod: Any, _: PassContext) -> Any:
+        with self.target:
+            return self.inner(mod)

@@ -23,12 +23,20 @@ ALLOWED = {
     "planning": {"errors", "structures", "progress", "plan_files", "guard"},
     "guard": {"structures"},
     "nn": {"errors", "structures", "dialect", "schedules", "planning", "progress", "files"},
-    "module": {"tvm_log", "errors", "files", "inputs", "targets", "planning", "profiling", "report"},
+    "module": {"tvm_log", "devices", "errors", "files", "inputs", "targets", "planning", "profiling", "report"},
+    "devices": {"cuda_binaries", "errors"},
+    "cuda_binaries": {"errors"},
+    "gpu_build": {"cuda_binaries", "devices", "module", "relay_passes", "targets"},
     "profile": {"files", "report", "report_html", "roofline"},
     "profiling": {"inputs", "profile", "roofline"},
     "report": {"files", "report_html", "roofline"},
     "roofline": {"line_store", "files", "schedules", "targets"},
-    "costs": {"cost_store", "dialect", "guard", "relay_passes", "schedules", "structures", "targets", "timing"},
+    "costs": {
+        "cost_store", "devices", "dialect", "gpu_costs", "guard", "lone_layer", "relay_passes", "schedules",
+        "structures", "targets", "timing",
+    },
+    "gpu_costs": {"dialect", "gpu_build", "lone_layer", "relay_passes", "schedules", "structures"},
+    "lone_layer": {"dialect"},
     "timing": {"schedules", "targets"},
     "line_store": set(),
     "cost_store": {"line_store"},
@@ -39,8 +47,8 @@ ALLOWED = {
     },
     "vta": {"errors", "schedules", "targets"},
     "relay": {
-        "compiler", "errors", "files", "frontend", "guard", "inputs", "module", "planning", "relay_passes", "report",
-        "settings", "structures", "targets",
+        "compiler", "devices", "errors", "files", "frontend", "guard", "inputs", "module", "planning", "relay_passes",
+        "report", "settings", "structures", "targets",
     },
 }  # fmt: skip
 

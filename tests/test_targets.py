@@ -9,8 +9,10 @@ import sys
 import pytest
 
 import tvm_structured as ts
+from tvm_structured.devices import compute_capability, has_gpu
 from tvm_structured.schedules import Cpu
-from tvm_structured.targets import host_cpu, resolve_target
+from tvm_structured.schedules.gpu import Gpu
+from tvm_structured.targets import DEFAULT_ARCH, host_cpu, resolve_target
 
 
 def test_host_names_this_processor_and_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,7 +52,31 @@ def test_a_target_that_tvm_does_not_know_is_named(target: object) -> None:
 
 def test_targets_without_structured_kernels_are_refused() -> None:
     with pytest.raises(ts.TargetError, match="only LLVM"):
-        resolve_target({"kind": "cuda", "arch": "sm_90"})
+        resolve_target("opencl")
+
+
+@pytest.mark.parametrize(
+    ("target", "capability"),
+    [({"kind": "cuda", "arch": "sm_90"}, 90), ("nvidia/nvidia-h100", 90), ({"kind": "cuda", "arch": "sm_86"}, 86)],
+)
+def test_cuda_targets_need_no_gpu(target: object, capability: int) -> None:
+    resolved = resolve_target(target)
+    gpu = Gpu.of(resolved)
+    assert gpu.capability == capability and gpu.warp == 32 and gpu.max_threads == 1024
+    assert gpu.has_tensor_cores("float16") and gpu.has_tensor_cores("bfloat16") and not gpu.has_tensor_cores("float32")
+    assert resolved.host.kind.name == "llvm" and resolve_target(resolved).attrs["arch"] == resolved.attrs["arch"]
+
+
+def test_cuda_without_an_arch_is_that_of_the_gpu_here_else_the_default() -> None:
+    arch = resolve_target("cuda").attrs["arch"]
+    assert arch == (f"sm_{compute_capability()}" if has_gpu() else DEFAULT_ARCH)
+    assert resolve_target({"kind": "cuda"}).attrs["arch"] == arch
+
+
+@pytest.mark.parametrize("arch", ["sm_9x", "sm_50", "ninety"])
+def test_an_arch_that_is_none_is_named(arch: str) -> None:
+    with pytest.raises(ts.TargetError, match="arch"):
+        resolve_target({"kind": "cuda", "arch": arch})
 
 
 def test_modules_run_on_every_core_without_any_setting() -> None:

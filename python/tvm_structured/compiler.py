@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Mapping
@@ -13,12 +14,13 @@ import numpy as np
 from tvm_structured.calibration import Quantization, calibrate
 from tvm_structured.errors import ModelError, PlanError, StructuredError
 from tvm_structured.frontend import Imported, first_line, import_model
+from tvm_structured.gpu_build import device_code, emulation
 from tvm_structured.module import FORMAT, METADATA, Compiled
 from tvm_structured.planning import Plan, make_plan
 from tvm_structured.progress import stage
 from tvm_structured.report import Report, make_report
 from tvm_structured.structures import Layer, Structure
-from tvm_structured.targets import resolve_target
+from tvm_structured.targets import is_cuda, resolve_target, target_name
 
 
 def compile(
@@ -31,11 +33,13 @@ def compile(
     measure: bool = True,
     calibration: Any = None,
     quantization: Quantization | None = None,
+    cuda_graph: bool = True,
 ) -> Compiled:
     """Compile a model with structured layers.
 
     model: torch.nn.Module, torch.export.ExportedProgram, ONNX path or ModelProto, or a Relax IRModule.
-    inputs: example arrays, a tuple (needed for a torch.nn.Module). target: what TVM takes, or "host".
+    inputs: example arrays, a tuple (needed for a torch.nn.Module). target: what TVM takes for CPUs and CUDA, or
+    "host"; {"kind": "cuda", "arch": "sm_90"} needs no GPU, see `Compiled.emulate` and `Compiled.export`.
     budget: `Budget` or a fraction of the parameters; without one the result equals the dense model.
     plan: `Plan` or the path of a saved one, instead of a budget. database: what `ts.tune` made, as its directory or a
     `ts.Database`: tuned kernels are used, and priced as such. A MetaSchedule database object is taken for the functions
@@ -44,6 +48,7 @@ def compile(
     what beats the dense layer; False, and targets that do not run here, predict instead.
     calibration: sample inputs; with them, or with `quantization` (how, see `Quantization`), layers compute in int8 and
     the result is near the model's only, see `quantize`.
+    cuda_graph: on a GPU, launch the kernels between inputs of known shapes as one CUDA graph.
 
     Raises ModelError, TargetError, PlanError, BudgetError or DatabaseError.
     """
@@ -56,7 +61,7 @@ def compile(
     mod = canonicalize(imported, target)
     records = tuning_records(mod, target, database)
     plan = settle_plan(mod, target, budget, plan, measure, records)
-    return build(mod, imported, plan, target, records)
+    return build(mod, imported, plan, target, records, cuda_graph)
 
 
 def quantize(
@@ -165,13 +170,15 @@ def settle_plan(
     return plan.without(given).resolve(layers).with_given(given)
 
 
-def build(mod: Any, imported: Imported, plan: Plan, target: Any, records: Any = None) -> Compiled:
+def build(
+    mod: Any, imported: Imported, plan: Plan, target: Any, records: Any = None, cuda_graph: bool = True
+) -> Compiled:
     """Rewrite by plan, schedule and compile."""
     from tvm_structured.relay_passes.find_layers import find_calls, find_layers
 
-    report = make_report(find_calls(mod), plan, cpu_name(target))
+    report = make_report(find_calls(mod), plan, target_name(target))
     choices = {name: plan.choices[name] for name in find_layers(mod)}
-    return assemble(mod, choices, imported, plan, report, target, records)
+    return assemble(mod, choices, imported, plan, report, target, records, cuda_graph)
 
 
 def build_int8(model: Int8Model, target: Any, records: Any) -> Compiled:
@@ -187,6 +194,7 @@ def assemble(
     report: Report,
     target: Any,
     records: Any,
+    cuda_graph: bool = True,
 ) -> Compiled:
     """Rewrite by the choices, lower, schedule and compile, with a description inside."""
     import tvm
@@ -196,12 +204,13 @@ def assemble(
 
     metadata = {
         "format": FORMAT,
-        "target": cpu_name(target),
+        "target": target_name(target),
+        "device": "cuda" if is_cuda(target) else "cpu",
         "inputs": [spec.to_json() for spec in imported.inputs],
         "report": report.to_dict(),
     }
     try:
-        with target, stage("Compiling"):
+        with target, stage("Compiling"), device_code(target, cuda_graph):
             lowered = structured_pipeline(choices, target, records)(mod)
             metadata["kernels"] = kernel_calls(lowered)
             executable = tvm.compile(with_metadata(lowered, metadata), target, relax_pipeline="default_build")
@@ -209,11 +218,8 @@ def assemble(
         if isinstance(error, StructuredError):
             raise
         raise ModelError(f"TVM cannot compile this model for {target}: {first_line(error)}") from error
-    return Compiled(executable, metadata, plan, lowered)
-
-
-def cpu_name(target: Any) -> str:
-    return str(target.attrs.get("mcpu", target.kind.name))
+    emulator = functools.partial(emulation, mod, choices, target, metadata) if is_cuda(target) else None
+    return Compiled(executable, metadata, plan, lowered, emulator)
 
 
 def with_metadata(mod: Any, metadata: dict[str, Any]) -> Any:

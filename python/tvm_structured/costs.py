@@ -13,14 +13,17 @@ from typing import Any
 import numpy as np
 
 from tvm_structured.cost_store import CostStore
+from tvm_structured.devices import compute_capability, has_gpu
 from tvm_structured.dialect import LayerCall, static_shape
+from tvm_structured.gpu_costs import measure_on_gpu, predict_on_gpu
 from tvm_structured.guard import Cost
+from tvm_structured.lone_layer import alone, concrete
+from tvm_structured.schedules.gpu import Gpu
 from tvm_structured.structures import Structure
-from tvm_structured.targets import host_cpu
+from tvm_structured.targets import host_cpu, is_cuda
 from tvm_structured.timing import last_level_cache, seconds_in_turns
 
 METHOD = 2  # of measuring: costs that were taken in another way are not comparable
-SYMBOLIC_BATCH = 8  # a batch that is known at run time only is measured at this size
 PEAK_FLOPS = 100e9  # a core of a server CPU with AVX-512, for predictions: only ratios matter
 BANDWIDTH = 25e9  # bytes a second
 # share of PEAK_FLOPS that the kernels reach, roughly; see docs/benchmarks.md for how they are measured
@@ -45,7 +48,8 @@ class Prices:
         """Seconds for all uses of the layer in one run of the model, in each of the forms."""
         uses = [self.price([with_structure(call, s) for s in structures], structures) for call in self.calls[name]]
         is_measured = all(measured for _, measured in uses)
-        return [Cost(sum(each), is_measured) for each in zip(*(seconds for seconds, _ in uses), strict=True)]
+        guess = "assumed" if is_cuda(self.target) else "predicted"  # of a GPU only the arch is known
+        return [Cost(sum(each), is_measured, guess) for each in zip(*(seconds for seconds, _ in uses), strict=True)]
 
     def price(self, calls: Sequence[LayerCall], structures: Sequence[Structure]) -> tuple[list[float], bool]:
         """(seconds of one call in each form, whether they were measured). Where one is not known all are measured, in
@@ -61,12 +65,16 @@ class Prices:
         stored = {} if self.records is None else getattr(self.records, "costs", {})
         known = [stored.get(key) or self.store.get(key) for key, _ in keys]
         if any(seconds is None for seconds in known):
-            known = measure_calls(calls, self.target, self.is_cold, self.records)
+            measure = measure_on_gpu if is_cuda(self.target) else measure_calls
+            known = measure(calls, self.target, self.is_cold, self.records)
             for (key, what), seconds in zip(keys, known, strict=True):
                 self.store.put(key, seconds, what)
         return known, True
 
     def predicted(self, pairs: Sequence[tuple[LayerCall, Structure]]) -> list[float]:
+        if is_cuda(self.target):
+            gpu = Gpu.of(self.target)
+            return [predict_on_gpu(call, structure, gpu) for call, structure in pairs]
         cores = int(self.target.attrs["num-cores"])
         return [predict(call, structure, cores) for call, structure in pairs]
 
@@ -82,16 +90,20 @@ def recorded_seconds(call: LayerCall, target: Any, records: Any) -> float | None
     from tvm_structured.relay_passes.lower_structured import CONV_KERNELS, kernel_and_site
     from tvm_structured.schedules import Cpu
 
-    if records is None or not hasattr(records, "seconds") or (call.conv is not None and call.op not in CONV_KERNELS):
+    is_one_kernel = call.conv is None or call.op in CONV_KERNELS
+    if records is None or not hasattr(records, "seconds") or is_cuda(target) or not is_one_kernel:
         return None
     seconds: float | None = records.seconds(*kernel_and_site(call, Cpu.of(target)))
     return seconds
 
 
 def runs_here(target: Any) -> bool:
-    """Whether code for the target runs on this machine: its own CPU, or one whose features it has."""
+    """Whether code for the target runs on this machine as it would on its own: this CPU or one whose features it has,
+    a GPU of the same compute capability."""
     from tvm.target import Target, codegen
 
+    if is_cuda(target):
+        return has_gpu() and compute_capability() == Gpu.of(target).capability
     if "mtriple" in target.attrs and str(target.attrs["mtriple"]).partition("-")[0] != host_architecture():
         return False
     host = Target({"kind": "llvm", "mcpu": host_cpu()})
@@ -140,6 +152,7 @@ def cost_key(call: LayerCall, structure: Structure, target: Any, is_cold: bool, 
         "factors": {name: list(array.shape) for name, array in structure.factors.items()},
         "indices": indices,
         "x": concrete(call.x),
+        "dtype": str(call.x.ty.dtype),
         "epilogue": repr(call.epilogue),
         "conv": repr(call.conv),
         "out_block": call.out_block,
@@ -172,14 +185,9 @@ def kernel_version() -> str:
 
     digest = hashlib.sha256()
     for package in (schedules, relay_passes):
-        for source in sorted(Path(str(package.__file__)).parent.glob("*.py")):
+        for source in sorted(Path(str(package.__file__)).parent.rglob("*.py")):
             digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def concrete(x: Any) -> tuple[int, ...]:
-    """The shape, with SYMBOLIC_BATCH where an extent is not known."""
-    return tuple(extent if isinstance(extent, int) else SYMBOLIC_BATCH for extent in static_shape(x) or ())
 
 
 def measure_calls(calls: Sequence[LayerCall], target: Any, is_cold: bool = False, records: Any = None) -> list[float]:
@@ -202,22 +210,3 @@ def measure_calls(calls: Sequence[LayerCall], target: Any, is_cold: bool = False
         machines.append(VirtualMachine(executable, tvm.cpu()))
         inputs.append([rng.standard_normal(shape).astype(np.float32) for shape in shapes])
     return seconds_in_turns(machines, inputs, is_cold)
-
-
-def alone(call: LayerCall) -> tuple[Any, list[tuple[int, ...]]]:
-    """A module of one call whose x and residual are inputs, and the inputs' shapes."""
-    from tvm import relax
-
-    builder = relax.BlockBuilder()
-    x = relax.Var("x", relax.TensorType(concrete(call.x), "float32"))
-    inputs, operands = [x], []
-    for name, value in zip(call.epilogue.operands, call.operands, strict=True):
-        if name == "residual":
-            value = relax.Var("residual", relax.TensorType(concrete(value), "float32"))
-            inputs.append(value)
-        operands.append(value)
-    with builder.function("main", inputs):
-        with builder.dataflow():
-            y = builder.emit_output(replace(call, x=x, operands=tuple(operands)).to_relax())
-        builder.emit_func_output(y)
-    return builder.get(), [concrete(var) for var in inputs]

@@ -17,10 +17,11 @@ SLACK = 1e-6  # seconds; below, timings are noise, and a form with fewer numbers
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds for all uses of a layer in one run of the model, measured or predicted."""
+    """Seconds for all uses of a layer in one run of the model: measured, else by which kind of guess."""
 
     seconds: float
     is_measured: bool
+    guess: str = "predicted"
 
 
 Price = Callable[[str, Sequence[Structure]], list[Cost]]
@@ -160,10 +161,10 @@ def cheapest(members: Sequence[Structure], costs: Mapping[int, Cost]) -> Structu
 
 
 def ratio(dense: Cost, other: Cost) -> str:
-    """`3.1x faster`, `1.3x slower (predicted)`."""
+    """`3.1x faster`, `1.3x slower (predicted)`, `2.0x faster (assumed)`."""
     factor = dense.seconds / other.seconds
     text = f"{factor:.1f}x faster" if factor >= 1 else f"{1 / factor:.1f}x slower"
-    return text if other.is_measured and dense.is_measured else f"{text} (predicted)"
+    return text if other.is_measured and dense.is_measured else f"{text} ({other.guess})"
 
 
 def digest(weight: Any) -> str:

@@ -5,15 +5,17 @@ Needs only TVM's runtime: nothing here imports Relax.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tvm_structured.devices import device_of, prepare_cuda
 from tvm_structured.errors import ModelError
 from tvm_structured.files import atomic
 from tvm_structured.inputs import Input, check_inputs
@@ -32,26 +34,57 @@ LIBRARY_SUFFIXES = (".so", ".dylib", ".dll", ".tar")
 
 
 class Runnable:
-    """Call with numpy or torch arrays, the same kind comes out. One object is not to be shared between threads."""
+    """Call with numpy or torch arrays, the same kind comes out. One object is not to be shared between threads.
+
+    A module for a GPU takes torch tensors on the GPU as they are, runs on torch's current stream and returns tensors
+    on the GPU; arrays in the CPU's memory are copied there and the results back.
+    """
 
     def __init__(self, executable: Any, metadata: dict[str, Any]) -> None:
-        import tvm
-        from tvm.runtime.vm import VirtualMachine
-
         use_all_cores()
         self.executable = executable
         self.metadata = metadata
         self.inputs = tuple(Input.from_json(described) for described in metadata["inputs"])
-        self._vm = VirtualMachine(executable, tvm.cpu())
-        self._main = self._vm["main"]
+        self.is_on_gpu = metadata.get("device") == "cuda"
+        if not self.is_on_gpu:
+            self._main = self._vm["main"]  # so that what does not load shows at once
+
+    @functools.cached_property
+    def device(self) -> Any:
+        """The TVM device it runs on. Raises ModelError for a GPU module where there is none."""
+        return device_of(self.metadata)
+
+    @functools.cached_property
+    def _vm(self) -> Any:
+        from tvm.runtime.vm import VirtualMachine
+
+        return VirtualMachine(self.executable, self.device)
+
+    @functools.cached_property
+    def _main(self) -> Any:
+        return self._vm["main"]
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         """Run. Inputs in order or by name; raises ModelError naming the input that does not fit."""
         arrays = check_inputs(self.inputs, inputs, named)
+        if self.is_on_gpu:
+            return self._run_on_gpu(arrays)
         outputs = self._main(*[to_tvm(array) for array in arrays])
         if is_torch(outputs):  # the usual case, which must not cost as much as a small layer
             return outputs
         return from_tvm(outputs, as_torch=any(is_torch(array) for array in arrays))
+
+    def _run_on_gpu(self, arrays: Sequence[Any]) -> Any:
+        outputs = self._main(*self._arguments(arrays))
+        if any(is_torch(array) and array.is_cuda for array in arrays):
+            return from_tvm(outputs, as_torch=True)
+        return to_host(outputs, as_torch=any(is_torch(array) for array in arrays))
+
+    def _arguments(self, arrays: Sequence[Any]) -> list[Any]:
+        """The inputs where the module runs."""
+        if not self.is_on_gpu:
+            return [to_tvm(array) for array in arrays]
+        return [to_gpu(array, self.device, spec.name) for array, spec in zip(arrays, self.inputs, strict=True)]
 
     def report(self) -> Report:
         """What was chosen for each layer and why."""
@@ -61,10 +94,8 @@ class Runnable:
 
     def time(self, *inputs: Any, repeat: int = 10, **named: Any) -> float:
         """Median wall time of one run in seconds, of `repeat` measurements of at least 10 ms each."""
-        arrays = [to_tvm(array) for array in check_inputs(self.inputs, inputs, named)]
-        import tvm
-
-        evaluator = self._vm.time_evaluator("main", tvm.cpu(), number=1, repeat=repeat, min_repeat_ms=10)
+        arrays = self._arguments(check_inputs(self.inputs, inputs, named))
+        evaluator = self._vm.time_evaluator("main", self.device, number=1, repeat=repeat, min_repeat_ms=10)
         return float(evaluator(*arrays).median)
 
     def profile(self, *inputs: Any, repeat: int = 10, **named: Any) -> Profile:
@@ -74,6 +105,8 @@ class Runnable:
         """
         from tvm_structured.profiling import take_profile
 
+        if self.is_on_gpu:
+            raise ModelError("profile() times calls on a CPU; on a GPU use torch.profiler or Nsight around the module")
         arrays = [to_tvm(array) for array in check_inputs(self.inputs, inputs, named)]
         return take_profile(self._vm, self.metadata, arrays, repeat)
 
@@ -85,10 +118,33 @@ class Runnable:
 class Compiled(Runnable):
     """What `ts.compile` returns."""
 
-    def __init__(self, executable: Any, metadata: dict[str, Any], plan: Plan, mod: Any) -> None:
+    def __init__(
+        self,
+        executable: Any,
+        metadata: dict[str, Any],
+        plan: Plan,
+        mod: Any,
+        emulator: Callable[[], Runnable] | None = None,
+    ) -> None:
         super().__init__(executable, metadata)
         self.plan = plan
         self.mod = mod  # the lowered Relax module, to look at with mod.show()
+        self._emulator = emulator
+
+    def emulate(self, *inputs: Any, **named: Any) -> Any:
+        """Run a module for a GPU on this CPU, to check its results: slow, and without a GPU.
+
+        Structured kernels run thread after thread as they are scheduled, without tensor cores; all other operators as
+        compiled for a CPU. Raises ModelError for a module that runs on a CPU anyway.
+        """
+        if self._emulator is None:
+            raise ModelError(f"the module is for {self.metadata['target']}: call it, there is nothing to emulate")
+        return self._emulated(*inputs, **named)
+
+    @functools.cached_property
+    def _emulated(self) -> Runnable:
+        assert self._emulator is not None
+        return self._emulator()
 
     def export(self, path: Any) -> Path:
         """Write a shared library (or a .tar of objects, for another machine) that `ts.load` runs.
@@ -126,12 +182,15 @@ def load(path: Any) -> Runnable:
     path = Path(path)
     if not path.is_file():
         raise ModelError(f"{path}: no such file")
+    can_run_cuda = prepare_cuda()
     try:
         with without_scope_warnings():
             executable = tvm.runtime.load_module(os.fspath(path))
             raw = VirtualMachine(executable, tvm.cpu())[METADATA]().numpy().tobytes()
     except Exception as error:  # dlopen errors, missing symbols and foreign modules raise several kinds
         reason = str(error).strip().splitlines()[-1]
+        if not can_run_cuda and "load_from_bytes.cuda" in str(error):
+            raise ModelError(f"{path}: the module is for an NVIDIA GPU, and there is no driver here") from None
         raise ModelError(f"{path}: not a module exported by tvm_structured ({reason}); export it again") from None
     return Runnable(executable, read_metadata(raw, path))
 
@@ -167,6 +226,29 @@ def to_tvm(array: Any) -> Any:
 
         return tvm.runtime.tensor(np.asarray(array))
     return aligned_copy(np.asarray(array))
+
+
+def to_gpu(array: Any, device: Any, name: str) -> Any:
+    """A tensor on the device: itself where it is torch's and already there, else a copy."""
+    import tvm
+
+    if not is_torch(array):
+        return tvm.runtime.tensor(np.ascontiguousarray(array), device)
+    array = array.detach() if array.requires_grad else array
+    if not array.is_cuda:
+        return tvm.runtime.from_dlpack(array.contiguous()).copyto(device)
+    if array.get_device() != device.index:
+        raise ModelError(f"{name}: is on {array.device}, the module runs on cuda:{device.index}; move it there")
+    return array if array.is_contiguous() else array.contiguous()
+
+
+def to_host(output: Any, as_torch: bool) -> Any:
+    """Copies in the CPU's memory."""
+    import tvm
+
+    if not hasattr(output, "copyto"):
+        return tuple(to_host(element, as_torch) for element in output)
+    return convert(output.copyto(tvm.cpu()), as_torch)
 
 
 def aligned_copy(array: np.ndarray) -> np.ndarray:

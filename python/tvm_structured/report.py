@@ -134,7 +134,7 @@ HEADINGS = (
     *("layer", "kind", "structure", "size", "params", "of dense", "bytes", "MFLOP", "of dense", "error"),
     *("time", "dense time", "of bound", "why"),
 )
-PREDICTED = "≈ predicted from operations and bytes, not measured"
+PREDICTED = "≈ predicted from operations and bytes (for a GPU: assumed), not measured"
 
 
 def cells(row: Row) -> list[str]:

@@ -1,15 +1,25 @@
-"""Targets: a string, dict or Target of TVM, or "host" for the best description of this machine."""
+"""Targets: a string, dict or Target of TVM, or "host" for the best description of this machine.
+
+A CUDA target needs no GPU: without an `arch` it is that of the GPU here, else DEFAULT_ARCH.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 from tvm_structured.errors import TargetError
 
+DEFAULT_ARCH = "sm_80"  # what runs on every data-centre GPU from the A100 on, by the PTX that goes along
+OLDEST = 70  # compute capability of the first card with tensor cores
+
 
 def resolve_target(target: Any) -> Any:
-    """A tvm.target.Target with `num-cores`. Raises TargetError for what TVM does not know."""
+    """A tvm.target.Target with `num-cores`, or for CUDA with `arch` and the limits of a block of threads.
+
+    Raises TargetError for what TVM does not know.
+    """
     from tvm.target import Target
 
     if isinstance(target, str) and target == "host":
@@ -19,12 +29,58 @@ def resolve_target(target: Any) -> Any:
     except Exception as error:  # TVM raises several kinds, from C++ and from Python
         reason = str(error).strip().splitlines()[-1]
         raise TargetError(f"target {target!r}: TVM does not know it ({reason}); try 'llvm', 'host' or a dict") from None
+    if resolved.kind.name == "cuda":
+        return resolve_cuda(resolved, target)
     if "cpu" not in resolved.keys:
-        raise TargetError(f"target {target!r}: only LLVM (CPU) targets have structured kernels; try 'host'")
+        raise TargetError(f"target {target!r}: only LLVM (CPU) and CUDA targets have structured kernels; try 'host'")
     if "num-cores" not in resolved.attrs:
         config = {key: value for key, value in resolved.export().items() if key not in ("tag", "keys")}
         resolved = Target({**config, "num-cores": physical_cores()})
     return resolved
+
+
+def resolve_cuda(resolved: Any, given: Any) -> Any:
+    """A CUDA target with everything that schedules ask for."""
+    from tvm.target import Target
+
+    config = {key: value for key, value in resolved.export().items() if key not in ("tag", "keys", "host")}
+    if not names_arch(given):
+        config["arch"] = local_arch() or DEFAULT_ARCH
+    arch = re.fullmatch(r"sm_(\d+)[af]?", str(config["arch"]))
+    if arch is None or int(arch[1]) < OLDEST:
+        raise TargetError(
+            f"target {given!r}: arch {config['arch']!r} is none of sm_{OLDEST}, sm_80, sm_86, sm_89, sm_90, ...; "
+            'write {"kind": "cuda", "arch": "sm_90"}'
+        )
+    config.setdefault("max_threads_per_block", 1024)
+    config.setdefault("max_shared_memory_per_block", 48 * 1024)
+    host = resolved.host.export() if resolved.host is not None else {"kind": "llvm"}
+    return Target({**config, "host": {key: value for key, value in host.items() if key not in ("tag", "keys")}})
+
+
+def names_arch(target: Any) -> bool:
+    """Whether a target says for which arch it is, itself or by TVM's name of a card; TVM fills in sm_50 otherwise."""
+    if isinstance(target, str):
+        return target != "cuda" and not (target.lstrip().startswith("{") and '"arch"' not in target)
+    return "arch" in (target if isinstance(target, dict) else target.attrs)
+
+
+def local_arch() -> str | None:
+    """The arch of the GPU here."""
+    from tvm_structured.devices import compute_capability, has_gpu
+
+    return f"sm_{compute_capability()}" if has_gpu() else None
+
+
+def is_cuda(target: Any) -> bool:
+    return target is not None and "cuda" in target.keys
+
+
+def target_name(target: Any) -> str:
+    """What reports call a target: the CPU's name, or `cuda sm_90`."""
+    if is_cuda(target):
+        return f"cuda {target.attrs['arch']}"
+    return str(target.attrs.get("mcpu", target.kind.name))
 
 
 def host_cpu() -> str:

@@ -162,7 +162,7 @@ def test_mistakes_are_named(call: Any, message: str, lib: Any) -> None:
 
 
 def test_only_the_cpu_and_only_an_executor_are_taken(lib: Any) -> None:
-    with pytest.raises(ModelError, match="run on one CPU"):
+    with pytest.raises(ModelError, match="runs on one CPU"):
         lib["default"](tvm.cuda(0))
     with pytest.raises(ModelError, match=r"GraphModule takes lib"):
         relay.GraphModule(lib)

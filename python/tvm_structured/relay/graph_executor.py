@@ -13,6 +13,7 @@ import tvm
 from tvm.runtime.module import BenchmarkResult
 from tvm.runtime.vm import VirtualMachine
 
+from tvm_structured.devices import device_of
 from tvm_structured.errors import ModelError
 from tvm_structured.inputs import Input
 from tvm_structured.module import METADATA, read_metadata
@@ -21,7 +22,6 @@ from tvm_structured.targets import use_all_cores
 
 __all__ = ["GraphExecutor", "GraphModule", "create"]
 
-CPU = tvm.cpu().dlpack_device_type()
 _FUNCTIONS = (
     "set_input",
     "set_input_zero_copy",
@@ -50,12 +50,12 @@ class GraphExecutor:
         bound: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         use_all_cores()
-        self.device = the_cpu(devices)
+        self.device = the_device(devices, metadata)
         self.inputs = tuple(Input.from_json(described) for described in metadata["inputs"])
         self._vm = VirtualMachine(executable, self.device)
         self._main = self._vm["main"]
         self._bound = bound or {}
-        self._values = [zeros(spec) for spec in self.inputs]
+        self._values = [zeros(spec, self.device) for spec in self.inputs]
         self._outputs: list[Any] | None = None
 
     def __getitem__(self, name: str) -> Callable[..., Any]:
@@ -252,21 +252,26 @@ def create(graph_json_str: str, libmod: Any, device: Any) -> GraphModule:
     return GraphModule(GraphExecutor(libmod, read_metadata(raw, libmod), [device]))
 
 
-def the_cpu(devices: Sequence[Any]) -> Any:
-    """The one CPU among devices, or lists of them, as `lib["default"]` is given. Raises ModelError for another kind."""
+def the_device(devices: Sequence[Any], metadata: Mapping[str, Any]) -> Any:
+    """The one device among devices, or lists of them, as `lib["default"]` is given; without one, the module's own.
+
+    Raises ModelError for several, for one of another kind, and for a GPU module where there is no GPU.
+    """
+    own = device_of(metadata)
     flat = [device for given in devices for device in (given if isinstance(given, (list, tuple)) else [given])]
     if not flat:
-        return tvm.cpu()
-    if len(flat) > 1 or not isinstance(flat[0], tvm.runtime.Device) or flat[0].dlpack_device_type() != CPU:
-        raise ModelError(f"device {', '.join(map(str, flat))}: structured modules run on one CPU; use tvm.cpu(0)")
+        return own
+    kind, name = own.dlpack_device_type(), "GPU; use tvm.cuda(0)" if own != tvm.cpu() else "CPU; use tvm.cpu(0)"
+    if len(flat) > 1 or not isinstance(flat[0], tvm.runtime.Device) or flat[0].dlpack_device_type() != kind:
+        raise ModelError(f"device {', '.join(map(str, flat))}: this module runs on one {name}")
     return flat[0]
 
 
-def zeros(spec: Input) -> Any:
+def zeros(spec: Input, device: Any) -> Any:
     """An input's first value; None where its shape is open."""
     if None in spec.shape:
         return None
-    return tvm.runtime.tensor(np.zeros([extent or 0 for extent in spec.shape], spec.dtype))
+    return tvm.runtime.tensor(np.zeros([extent or 0 for extent in spec.shape], spec.dtype), device)
 
 
 def to_numpy(value: Any) -> np.ndarray:

@@ -1,0 +1,80 @@
+"""What a layer costs on a GPU in a given form: measured on the one here, or assumed from a usual card's roofline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from tvm_structured.dialect import LayerCall
+from tvm_structured.lone_layer import alone
+from tvm_structured.schedules.cuda import CUDA_KERNELS
+from tvm_structured.schedules.gpu import Gpu
+from tvm_structured.structures import Structure
+
+COPIES = 8  # of the layer in one module, so that the call of the module hardly counts
+ROUNDS = 7
+LAUNCH = 2.5e-6  # seconds for a kernel that does nothing, within a stream of others
+# of a multiprocessor: multiply-adds on tensor cores and on ordinary ones, operations a second that kernels reach
+HALF_FLOPS, FLOAT_FLOPS = 2e12, 0.25e12
+BANDWIDTH = {70: 0.8e12, 75: 0.3e12, 80: 1.4e12, 86: 0.8e12, 89: 0.9e12, 90: 2.6e12, 100: 6e12}  # bytes a second
+# share of that which kernels of a form reach, roughly, and the launches they take
+EFFICIENCY = {"block_circulant": 0.3, "permuted_diagonal": 0.2, "tensor_train": 0.4, "winograd": 0.5}
+LAUNCHES = {"low_rank": 2, "block_circulant": 2, "winograd": 3}
+
+
+def predict_on_gpu(call: LayerCall, structure: Structure, gpu: Gpu) -> float:
+    """Seconds: launches, then the slower of operations and bytes. Forms without a kernel cost what dense does."""
+    rows, size = call.num_rows(), 2 if str(call.x.ty.dtype) in ("float16", "bfloat16") else 4
+    has_kernel = structure.name in CUDA_KERNELS
+    out, inner = structure.shape
+    flops = structure.flops(rows) if has_kernel else 2 * rows * out * inner
+    params = structure.num_params if has_kernel else out * inner
+    peak = gpu.multiprocessors * (HALF_FLOPS if gpu.has_tensor_cores(str(call.x.ty.dtype)) else FLOAT_FLOPS)
+    moved = size * (params + rows * (out + inner))
+    bandwidth = BANDWIDTH[max((c for c in BANDWIDTH if c <= gpu.capability), default=70)]
+    work = max(flops / (peak * EFFICIENCY.get(structure.name, 0.6)), moved / bandwidth)
+    return LAUNCH * (LAUNCHES.get(structure.name, 1) if has_kernel else 1) + work
+
+
+def measure_on_gpu(calls: Sequence[LayerCall], target: Any, is_cold: bool = False, records: Any = None) -> list[float]:
+    """Seconds of each call on the GPU here, compiled alone, taken in turns; the lower quartile counts.
+
+    Cold: the weights do not stay in the card's L2 from run to run.
+    """
+    import tvm
+    from tvm.runtime.vm import VirtualMachine
+
+    from tvm_structured.gpu_build import device_code
+    from tvm_structured.relay_passes.pipeline import structured_pipeline
+
+    device, rng = tvm.cuda(0), np.random.default_rng(0)
+    copies = 1 if is_cold else COPIES
+    runs = []
+    for call in calls:
+        mod, shapes = alone(call, copies)
+        with target, device_code(target, cuda_graph=False):
+            executable = tvm.compile(
+                structured_pipeline({}, target, records)(mod), target, relax_pipeline="default_build"
+            )
+        machine = VirtualMachine(executable, device)
+        arrays = [on_device(rng.standard_normal(shape), str(call.x.ty.dtype), device) for shape in shapes]
+        machine["main"](*arrays)
+        flush = 2 * int(device.l2_cache_size_bytes or 0) if is_cold else 0
+        timer = machine.time_evaluator("main", device, number=1 if is_cold else 10, repeat=3, cache_flush_bytes=flush)
+        runs.append((timer, arrays))
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in range(ROUNDS):
+        for taken, (timer, arrays) in zip(times, runs, strict=True):
+            taken += list(timer(*arrays).results)
+    return [float(np.quantile(taken, 0.25)) / copies for taken in times]
+
+
+def on_device(values: np.ndarray, dtype: str, device: Any) -> Any:
+    """Numbers as a tensor of a type on a device."""
+    import tvm
+
+    from tvm_structured.schedules.cuda.functions import numpy_type
+
+    return tvm.runtime.tensor(values.astype(numpy_type(dtype)), device)
