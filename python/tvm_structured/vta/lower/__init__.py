@@ -15,6 +15,7 @@ from typing import Any
 from tvm_structured.errors import VTAError
 from tvm_structured.vta.config import VTAConfig
 from tvm_structured.vta.lower.builder import Builder
+from tvm_structured.vta.lower.chain import block_diagonal_problem, chain_problem
 from tvm_structured.vta.lower.conv import conv_problem
 from tvm_structured.vta.lower.conv_transpose import conv_transpose_problem
 from tvm_structured.vta.lower.dense import dense_problem
@@ -24,14 +25,18 @@ from tvm_structured.vta.lower.lowered import Lowered
 from tvm_structured.vta.lower.pool import pool_problem
 from tvm_structured.vta.lower.problem import Problem
 from tvm_structured.vta.lower.schedule import Schedule
+from tvm_structured.vta.lower.structured import structured_problem
 from tvm_structured.vta.operators import (
     Int8Add,
     Int8AvgPool,
+    Int8BlockDiagonal,
+    Int8Chain,
     Int8Conv2d,
     Int8Conv2dTranspose,
     Int8Dense,
     Int8MaxPool,
     Int8Rescale,
+    Int8StructuredDense,
     Operator,
 )
 
@@ -39,6 +44,9 @@ __all__ = ["LOWERINGS", "Layout", "Lowered", "Problem", "Schedule", "lower", "pr
 
 LOWERINGS: dict[type[Operator], Callable[[Any, tuple[Layout, ...], VTAConfig], Problem]] = {
     Int8Dense: dense_problem,
+    Int8BlockDiagonal: block_diagonal_problem,
+    Int8Chain: chain_problem,
+    Int8StructuredDense: structured_problem,
     Int8Conv2d: conv_problem,
     Int8Conv2dTranspose: conv_transpose_problem,
     Int8Add: add_problem,

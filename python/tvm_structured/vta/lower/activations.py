@@ -32,7 +32,7 @@ class Activations:
     def _part(self, acc: int, region: str, first: int, width: int, height: int, stride: int, pitch: int) -> None:
         b = self.b
         if not self.loads:
-            identity = b.constant(Memory.WGT, "identity", np.eye(b.config.block, dtype=np.int8))
+            identity = b.constant(Memory.WGT, "identity", 1, lambda: np.eye(b.config.block, dtype=np.int8))
             b.load(Memory.WGT, 0, "WGT", identity, 1)
         self.loads += 1
         inp, _ = self.slots.take(self.loads)

@@ -22,25 +22,35 @@ Pads = tuple[int, int, int, int]  # top, left, bottom, right
 
 
 class Constants:
-    """Elements of one memory type that the program finds in DRAM; equal ones are kept once."""
+    """Elements of one memory type that the program finds in DRAM; equal ones are kept once, and made when needed."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, element_bytes: int) -> None:
         self.width = width
-        self.parts: list[NDArray[np.uint8]] = []
+        self.element_bytes = element_bytes
+        self.parts: list[Callable[[], NDArray[Any]]] = []
         self.known: dict[Any, int] = {}
         self.elements = 0
 
-    def add(self, key: Any, values: NDArray[Any] | Callable[[], NDArray[Any]], element_bytes: int) -> int:
-        """Index of the first element; `key` names the contents."""
+    def add(self, key: Any, count: int, values: Callable[[], NDArray[Any]]) -> int:
+        """Index of the first of `count` elements; `key` names the contents."""
         if key not in self.known:
-            raw = pack_integers(values() if callable(values) else values, self.width)
             self.known[key] = self.elements
-            self.parts.append(raw)
-            self.elements += len(raw) // element_bytes
+            self.parts.append(values)
+            self.elements += count
         return self.known[key]
 
+    @property
+    def nbytes(self) -> int:
+        return self.elements * self.element_bytes
+
     def raw(self) -> NDArray[np.uint8]:
-        return np.concatenate(self.parts) if self.parts else np.zeros(0, np.uint8)
+        raw = np.zeros(self.nbytes, np.uint8)
+        end = 0
+        for part in self.parts:
+            packed = pack_integers(part(), self.width)
+            raw[end : end + len(packed)] = packed
+            end += len(packed)
+        return raw
 
 
 class Builder:
@@ -53,7 +63,7 @@ class Builder:
         self.config = config
         self.dependences = Dependences()
         self.constants = {
-            memory: Constants({Memory.UOP: 32, Memory.WGT: config.wgt_bits, Memory.ACC: 32}[memory])
+            memory: Constants(config.wgt_bits if memory is Memory.WGT else 32, config.element_bytes(memory))
             for memory in CONSTANTS
         }
         self.uop_buffer = UopBuffer(config.depth(Memory.UOP))
@@ -67,10 +77,9 @@ class Builder:
         """A region of DRAM that the program stores to and loads from."""
         self.scratch[region] = Accesses(elements)
 
-    def constant(self, memory: Memory, key: Any, values: NDArray[Any] | Callable[[], NDArray[Any]]) -> int:
-        """DRAM element of constant values (or a function that makes them), appended to the memory's region unless
-        the key is known."""
-        return self.constants[memory].add(key, values, self.config.element_bytes(memory))
+    def constant(self, memory: Memory, key: Any, count: int, values: Callable[[], NDArray[Any]]) -> int:
+        """DRAM element of `count` constants, appended to the memory's region unless the key is known."""
+        return self.constants[memory].add(key, count, values)
 
     # -- transfers -------------------------------------------------------------------------------------------
 
@@ -174,7 +183,7 @@ class Builder:
         words = encode_uops(self.config, *uops.T)
         begin, present = self.uop_buffer.place(words)
         if not present:
-            source = self.constant(Memory.UOP, words.tobytes(), words)
+            source = self.constant(Memory.UOP, words.tobytes(), len(words), lambda: words)
             self.load(Memory.UOP, begin, "UOP", source, len(words))
         every = {
             **fields, "uop_bgn": begin, "uop_end": begin + len(words), "iter_out": outer.count, "iter_in": inner.count,

@@ -188,7 +188,7 @@ class Emission:
             columns = {a: problem.weights_of(out[0] + a)[:, down, across] for a in set(o.tolist())}
             return np.stack([columns[a][inner[0] + c] for a, c in zip(o.tolist(), i.tolist(), strict=True)])
 
-        first = self.b.constant(Memory.WGT, whole, tiled)
+        first = self.b.constant(Memory.WGT, whole, len(i) * ky[1] * kx[1], tiled)
         self.b.load(Memory.WGT, start, "WGT", first, len(i) * ky[1] * kx[1])
         return start
 

@@ -120,7 +120,7 @@ def emit_product(b: Builder, product: Product, s: Schedule, sources: Sequence[st
         key = numbers.tobytes()
         start, is_present = wgts.take(key)
         if not is_present:
-            first = b.constant(Memory.WGT, (id(m), key), m.tiles[numbers])
+            first = b.constant(Memory.WGT, (id(m), key), len(numbers), lambda: m.tiles[numbers])
             b.load(Memory.WGT, start, "WGT", first, len(numbers))
         return start
 

@@ -135,8 +135,11 @@ class Epilogue:
         key = (operation, first_block, count)
         start, is_present = self.slots.take(key)
         if not is_present:
-            vectors: NDArray[Any] = np.zeros((count * config.block,), np.int64)
-            vectors[: len(part)] = part
-            rows = np.broadcast_to(vectors.reshape(count, 1, -1), (count, config.batch, config.block))
-            b.load(Memory.ACC, start, "ACC", b.constant(Memory.ACC, (id(self.layer), *key), rows), count)
+
+            def rows() -> NDArray[Any]:
+                vectors = np.zeros(count * config.block, np.int64)
+                vectors[: len(part)] = part
+                return np.broadcast_to(vectors.reshape(count, 1, -1), (count, config.batch, config.block))
+
+            b.load(Memory.ACC, start, "ACC", b.constant(Memory.ACC, (id(self.layer), *key), count, rows), count)
         return start

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tvm_structured.errors import VTAError
 from tvm_structured.vta.config import Memory, VTAConfig
 from tvm_structured.vta.isa import encode
-from tvm_structured.vta.lower.builder import CONSTANTS, Builder
+from tvm_structured.vta.lower.builder import CONSTANTS, Builder, Constants
 from tvm_structured.vta.lower.dependences import Draft
 from tvm_structured.vta.lower.layout import Layout
 from tvm_structured.vta.lower.schedule import Schedule
@@ -42,7 +42,7 @@ class Lowered:
     schedule: Schedule
     inputs: tuple[Layout, ...]
     output: Layout
-    constants: NDArray[np.uint8]
+    sources: tuple[Constants, ...] = field(repr=False)
     sizes: dict[str, int]
     addresses: dict[str, int]
     drafts: tuple[Draft, ...] = field(repr=False)
@@ -56,12 +56,10 @@ class Lowered:
     ) -> Lowered:  # fmt: skip
         """From a builder that holds all instructions but the FINISH."""
         config, drafts = b.config, tuple(b.finish())
-        offsets, parts, end = {}, [], 0
+        offsets, end = {}, 0
         for memory in CONSTANTS:
-            raw = b.constants[memory].raw()
             offsets[memory.name] = end
-            parts.append(np.pad(raw, (0, aligned(raw.size, config) - raw.size)))
-            end += parts[-1].size
+            end += aligned(b.constants[memory].nbytes, config)
         sizes = {f"input{i}": layout.nbytes for i, layout in enumerate(inputs)}
         out_bytes = config.element_bytes(Memory.OUT)
         scratch = {name: len(accesses.last) * out_bytes for name, accesses in b.scratch.items()}
@@ -75,7 +73,17 @@ class Lowered:
             addresses[name] = free
             free += aligned(nbytes, config)
         return cls(
-            operator, config, schedule, inputs, output, np.concatenate(parts), sizes, addresses, drafts, offsets, reason
+            operator,
+            config,
+            schedule,
+            inputs,
+            output,
+            tuple(b.constants.values()),
+            sizes,
+            addresses,
+            drafts,
+            offsets,
+            reason,
         )
 
     def placed(self, addresses: Mapping[str, int]) -> Lowered:
@@ -86,7 +94,7 @@ class Lowered:
                 raise VTAError(f"no region {name!r}; there are {', '.join(self.sizes)}")
             if address < PAGE or address != aligned(address, self.config):
                 raise VTAError(f"{name} at byte {address}: expected a multiple of {aligned(1, self.config)}, not 0")
-        values = {name: value for name, value in vars(self).items() if name != "program"}
+        values = {name: value for name, value in vars(self).items() if name not in ("program", "constants")}
         return Lowered(**{**values, "addresses": {**self.addresses, **addresses}})
 
     @property
@@ -118,6 +126,13 @@ class Lowered:
                 fields["dram_base"] += self._first_element(draft)
             instructions.append(draft.kind(**fields))
         return Program(self.config, encode(self.config, instructions))
+
+    @cached_property
+    def constants(self) -> NDArray[np.uint8]:
+        """The bytes of the region "constants": micro-ops, weights and vectors."""
+        return np.concatenate(
+            [np.pad(source.raw(), (0, aligned(source.nbytes, self.config) - source.nbytes)) for source in self.sources]
+        )
 
     def write_constants(self, dram: NDArray[np.uint8]) -> None:
         start = self.addresses["constants"]

@@ -15,7 +15,8 @@ class Schedule:
 
     `threads` = 2 keeps two tiles on chip, so that transfers of one hide behind computation of the other (virtual
     threads); 1 does one thing after the other. With `weights_stay`, all pixels are done with the same weights before
-    the next ones are loaded, otherwise all output channels with the same pixels.
+    the next ones are loaded, otherwise all output channels with the same pixels. A chain has one schedule for each
+    of its `parts`.
     """
 
     threads: int = 2
@@ -25,6 +26,7 @@ class Schedule:
     columns: int = 1
     kernel: tuple[int, int] = (1, 1)
     weights_stay: bool = True
+    parts: tuple[Schedule, ...] = ()
 
     def __post_init__(self) -> None:
         if self.threads not in (1, 2):
@@ -39,7 +41,8 @@ class Schedule:
     def from_json(cls, values: dict[str, Any]) -> Schedule:
         """Raises VTAError for anything but what `to_json` returns."""
         try:
-            return cls(**{**values, "kernel": (int(values["kernel"][0]), int(values["kernel"][1]))})
+            kernel = int(values["kernel"][0]), int(values["kernel"][1])
+            return cls(**{**values, "kernel": kernel, "parts": tuple(map(cls.from_json, values["parts"]))})
         except (TypeError, KeyError, IndexError, ValueError) as error:
             raise VTAError(f"not a schedule: {values!r} ({error})") from None
 

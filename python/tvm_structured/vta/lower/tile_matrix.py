@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ class TileMatrix:
     columns: int
     entries: NDArray[np.int64]
     tiles: Tiles
+    counts: dict[tuple[int, int], int] = field(default_factory=dict, repr=False)  # what `most_tiles` found
 
     @classmethod
     def from_dense(cls, weight: NDArray[Any], block: int, skip_zeros: bool, share: bool) -> TileMatrix:
@@ -74,7 +75,11 @@ class TileMatrix:
         """Different tiles in any `rows` by `columns` part of a regular cut."""
         if not len(self.entries):
             return 1
+        if (rows, columns) in self.counts:
+            return self.counts[rows, columns]
         row, column, number = self.entries.T
         part = column // columns * (self.rows // rows + 1) + row // rows
         pairs = np.unique(part * len(self.tiles) + number)
-        return int(np.bincount((pairs // len(self.tiles)).astype(np.int64)).max())
+        most = int(np.bincount((pairs // len(self.tiles)).astype(np.int64)).max())
+        self.counts[rows, columns] = most
+        return most

@@ -39,6 +39,8 @@ def fold(uops: Uops, longest: int) -> tuple[Uops, Loop]:
         if n % period or n // period > longest:
             continue
         step = uops[period] - uops[0]
+        if not np.array_equal(uops[-1], uops[-1 - period] + step):
+            continue  # most periods are wrong: a short look tells
         if (step >= 0).all() and np.array_equal(uops[period:], uops[:-period] + step):
             return uops[:period], Loop(n // period, *(int(v) for v in step))
     return uops, Loop()
