@@ -19,6 +19,17 @@ Padding = int | tuple[int, int] | tuple[int, int, int, int] | str
 
 def make_member(structure: str, layer: Layer, size: Mapping[str, Any]) -> Structure:
     """The member of that family and size nearest to the layer's weight."""
+    return checked_family(structure, layer, size).from_dense(layer, **size)
+
+
+def draw_member(structure: str, layer: Layer, size: Mapping[str, Any]) -> Structure:
+    """A random member of that family and size, from torch's generator; of the layer only the geometry counts."""
+    seed = int(torch.randint(2**62, ()))
+    return checked_family(structure, layer, size).drawn(layer, np.random.default_rng(seed), **size)
+
+
+def checked_family(structure: str, layer: Layer, size: Mapping[str, Any]) -> type[Structure]:
+    """The family of that name. Raises ModelError where it is unknown, not for this layer or not of such a size."""
     family = STRUCTURES.get(structure)
     if family is None:
         raise ModelError(f"no structure is called {structure!r}; choose one of {', '.join(STRUCTURES)}")
@@ -30,12 +41,12 @@ def make_member(structure: str, layer: Layer, size: Mapping[str, Any]) -> Struct
         example = next(iter(family.sizes(layer)), None)
         hint = f"; for example {', '.join(f'{k}={v}' for k, v in example.items())}" if example else ""
         raise ModelError(f"{structure} of shape {layer.matrix.shape}: {error}{hint}") from None
-    return family.from_dense(layer, **size)
+    return family
 
 
-def random_weight(*shape: int) -> np.ndarray[Any, Any]:
-    """A weight from torch's generator. It gives the member its shapes and its index factors, not its values."""
-    return torch.empty(shape, dtype=torch.float32).uniform_(-1, 1).numpy()
+def weightless(*shape: int) -> np.ndarray[Any, Any]:
+    """Zeros that take no memory, for a layer of which only the geometry counts."""
+    return np.broadcast_to(np.float32(0), shape)
 
 
 def conv_layer(weight: np.ndarray[Any, Any], stride: Pair, padding: Padding, dilation: Pair) -> Conv2d:

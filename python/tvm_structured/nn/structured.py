@@ -25,10 +25,10 @@ from tvm_structured.nn.members import (
     Pair,
     conv_layer,
     describe_geometry,
-    make_member,
+    draw_member,
     pair,
-    random_weight,
     to_numpy,
+    weightless,
 )
 from tvm_structured.nn.ops import (
     apply_conv2d,
@@ -38,6 +38,9 @@ from tvm_structured.nn.ops import (
     structured_linear,
 )
 from tvm_structured.structures import STRUCTURES, Conv2d, Dense, Structure
+
+LARGEST_FORMED = 1 << 22  # numbers of a weight whose norm is computed; that of a larger one is estimated
+PROBES = 256  # random inputs for that
 
 
 class Structured(nn.Module):
@@ -97,16 +100,28 @@ class Structured(nn.Module):
         1 / sqrt(in), as in torch. For a convolution `in` counts the taps: kh * kw * channels.
         """
         trainable = [getattr(self, name) for name in self.trainable_names]
+        if any(tensor.is_meta for tensor in trainable):  # to be drawn once the module has memory
+            return
         for tensor in trainable:
             tensor.normal_()
         out, inner = self.static["shape"]
-        norm = float(np.linalg.norm(self.to_structure().dense()))
+        norm = self.frobenius_norm()
         if norm > 0:
             scale = (math.sqrt(out / 3) / norm) ** (1 / len(trainable))
             for tensor in trainable:
                 tensor.mul_(scale)
         if self.bias is not None:
             nn.init.uniform_(self.bias, -1 / math.sqrt(inner), 1 / math.sqrt(inner))
+
+    def frobenius_norm(self) -> float:
+        """Of the weight; of one too large to be formed within a few per cent, from random inputs: E ||W g||^2."""
+        wide = [f.float() if f.is_floating_point() else f for f in self.factors]
+        member = STRUCTURES[self.structure].from_factors(self.static, wide)
+        out, inner = self.static["shape"]
+        if out * inner <= LARGEST_FORMED or Dense not in member.accepts:
+            return float(member.dense().double().norm())
+        probes = torch.randn(PROBES, inner, device=wide[0].device)
+        return float(member.apply(probes).double().norm()) / math.sqrt(PROBES)
 
 
 class StructuredLinear(Structured):
@@ -126,8 +141,8 @@ class StructuredLinear(Structured):
         dtype: torch.dtype | None = None,
         **size: Any,
     ) -> None:
-        layer = Dense("weight", random_weight(out_features, in_features))
-        super().__init__(make_member(structure, layer, size), bias, device=device, dtype=dtype)
+        layer = Dense("weight", weightless(out_features, in_features))
+        super().__init__(draw_member(structure, layer, size), bias, device=device, dtype=dtype)
         self.in_features, self.out_features = in_features, out_features
         self.reset_parameters()
 
@@ -178,9 +193,9 @@ class StructuredConv2d(Structured):
         dtype: torch.dtype | None = None,
         **size: Any,
     ) -> None:
-        weight = random_weight(out_channels, in_channels, *pair(kernel_size))
+        weight = weightless(out_channels, in_channels, *pair(kernel_size))
         layer = conv_layer(weight, stride, padding, dilation)
-        super().__init__(make_member(structure, layer, size), bias, device=device, dtype=dtype)
+        super().__init__(draw_member(structure, layer, size), bias, device=device, dtype=dtype)
         self._place(layer)
         self.reset_parameters()
 
@@ -200,7 +215,7 @@ class StructuredConv2d(Structured):
         if rest:
             raise ModelError(f"{member.name} of shape {member.shape} does not fit a kernel of {kernel}")
         shape = (member.shape[0], channels, *kernel)
-        layer = conv_layer(np.broadcast_to(np.float32(0), shape), stride, padding, dilation)
+        layer = conv_layer(weightless(*shape), stride, padding, dilation)
         if not member.takes(layer):
             raise ModelError(f"{member.name} is not defined for {describe_geometry(layer)}")
         self = cls.__new__(cls)

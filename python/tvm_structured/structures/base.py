@@ -156,6 +156,15 @@ class Structure(ABC):
         norm = float(np.linalg.norm(matrix))
         return float(np.linalg.norm(self.dense() - matrix)) / (norm or 1.0)
 
+    @classmethod
+    def drawn(cls, layer: Layer, rng: np.random.Generator, **size: Any) -> Self:
+        """A member of that size with random numbers, to train from scratch. `layer` gives the geometry, not the values.
+
+        By projecting a random matrix; families for which that takes long draw their factors.
+        """
+        matrix = rng.standard_normal(layer.matrix.shape, dtype=np.float32)
+        return cls.from_dense(layer.with_matrix(matrix), **size)
+
     def refit(self, layer: Layer, moments: Array) -> Self | None:
         """The member of the same sizes whose outputs are nearest on inputs with the second moments E[x x^T], (in, in).
 

@@ -80,6 +80,14 @@ class BlockCirculant(Structure):
         return cls(shape, blocks.taps, blocks.diagonal_means(matrix).astype(layer.weight.dtype))
 
     @classmethod
+    def drawn(  # type: ignore[override]
+        cls, layer: Layer, rng: np.random.Generator, *, block: int, taps: int | None = None
+    ) -> Self:
+        out, inner = (int(extent) for extent in layer.matrix.shape)
+        blocks = Blocks.of((out, inner), layer.taps if taps is None else taps, block, layer.name)
+        return cls((out, inner), blocks.taps, rng.standard_normal(blocks.factor_shape, dtype=np.float32))
+
+    @classmethod
     def detect(cls, layer: Any, tol: float = 1e-5) -> Self | None:
         layer = as_layer(layer)
         if not cls.takes(layer):

@@ -62,10 +62,15 @@ class LowRank(Structure):
     @classmethod
     def from_dense(cls, layer: Layer, *, rank: int) -> Self:  # type: ignore[override]
         layer = as_layer(layer)
-        smaller = min(layer.matrix.shape)
-        if not 1 <= rank <= smaller:
-            raise ModelError(f"{layer.name}: rank {rank} is outside 1..{smaller} of shape {layer.matrix.shape}")
+        check_rank(layer, rank)
         return cls._from_triplets(layer, leading_svd(layer.matrix, rank), rank)
+
+    @classmethod
+    def drawn(cls, layer: Layer, rng: np.random.Generator, *, rank: int) -> Self:  # type: ignore[override]
+        check_rank(layer, rank)
+        out, inner = (int(extent) for extent in layer.matrix.shape)
+        u, v = (rng.standard_normal(shape, dtype=np.float32) for shape in ((out, rank), (rank, inner)))
+        return cls((out, inner), u, v)
 
     @classmethod
     def _from_triplets(cls, layer: Layer, triplets: Triplets, rank: int) -> Self:
@@ -117,6 +122,13 @@ class LowRank(Structure):
 
     def describe(self) -> str:
         return f"rank={self.rank}"
+
+
+def check_rank(layer: Layer, rank: int) -> None:
+    """Raise ModelError unless a matrix of the layer's shape can have that rank."""
+    smaller = min(layer.matrix.shape)
+    if not 1 <= rank <= smaller:
+        raise ModelError(f"{layer.name}: rank {rank} is outside 1..{smaller} of shape {layer.matrix.shape}")
 
 
 def largest_useful_rank(shape: tuple[int, ...]) -> int:

@@ -82,19 +82,25 @@ class PermutedDiagonal(Structure):
         Raises ModelError for a block length or an indexing that does not exist.
         """
         layer = as_layer(layer)
+        check_size(layer, block, indexing)
         out, inner = (int(extent) for extent in layer.matrix.shape)
-        largest = max(2, out, inner // layer.taps)
-        if isinstance(block, bool) or not isinstance(block, (int, np.integer)) or not 2 <= block <= largest:
-            raise ModelError(f"{layer.name}: block={block!r} is outside 2..{largest} for shape {layer.weight.shape}")
-        if indexing not in INDEXINGS:
-            raise ModelError(f"{layer.name}: indexing={indexing!r} is unknown; one of {INDEXINGS}")
         p = int(block)
         if indexing == "best":
             shifts = diagonal_energies(squares_of(layer), p).argmax(axis=2)
         else:
-            rows, columns = block_grid(layer, p)
-            shifts = (np.arange(rows)[:, None] * columns + np.arange(columns)) % p
+            shifts = natural_shifts(layer, p)
         return cls((out, inner), layer.taps, take_diagonals(by_tap(layer.matrix, layer.taps), shifts, p), shifts)
+
+    @classmethod
+    def drawn(  # type: ignore[override]
+        cls, layer: Layer, rng: np.random.Generator, *, block: int, indexing: str = "best"
+    ) -> Self:
+        """Shifts are drawn, too, unless the indexing is natural: of a random matrix any one is best."""
+        check_size(layer, block, indexing)
+        out, inner = (int(extent) for extent in layer.matrix.shape)
+        grid, p = block_grid(layer, int(block)), int(block)
+        shifts = rng.integers(0, p, grid) if indexing == "best" else natural_shifts(layer, p)
+        return cls((out, inner), layer.taps, rng.standard_normal((*grid, p), dtype=np.float32), shifts)
 
     @classmethod
     def detect(cls, layer: Any, tol: float = 1e-5) -> Self | None:
@@ -184,6 +190,23 @@ class PermutedDiagonal(Structure):
 
     def describe(self) -> str:
         return f"block={self.block}"
+
+
+def check_size(layer: Layer, block: Any, indexing: str) -> None:
+    """Raise ModelError for a block length or an indexing that does not exist."""
+    out, inner = (int(extent) for extent in layer.matrix.shape)
+    largest = max(2, out, inner // layer.taps)
+    if isinstance(block, bool) or not isinstance(block, (int, np.integer)) or not 2 <= block <= largest:
+        raise ModelError(f"{layer.name}: block={block!r} is outside 2..{largest} for shape {layer.weight.shape}")
+    if indexing not in INDEXINGS:
+        raise ModelError(f"{layer.name}: indexing={indexing!r} is unknown; one of {INDEXINGS}")
+
+
+def natural_shifts(layer: Layer, p: int) -> Array:
+    """k_l = l mod p, blocks counted row by row (PermDNN, section III-D)."""
+    rows, columns = block_grid(layer, p)
+    shifts: Array = (np.arange(rows)[:, None] * columns + np.arange(columns)) % p
+    return shifts
 
 
 def affordable_blocks(layer: Layer, budget: Budget) -> list[int]:

@@ -108,6 +108,25 @@ class TensorTrain(Structure):
         return cls(shape, out, inner, tt_svd(layer.matrix, out, inner, limits, eps))
 
     @classmethod
+    def drawn(  # type: ignore[override]
+        cls,
+        layer: Layer,
+        rng: np.random.Generator,
+        *,
+        out_modes: Sequence[int],
+        in_modes: Sequence[int],
+        rank: int | Sequence[int] | None = None,
+        eps: float = 0.0,
+    ) -> Self:
+        out, inner = tuple(int(m) for m in out_modes), tuple(int(n) for n in in_modes)
+        shape = matrix_shape(layer)
+        check_modes(layer.name, shape, out, inner)
+        limits = clipped(out, inner, max(full_ranks(out, inner), default=1) if rank is None else rank, layer.name)
+        bonds = (1, *limits, 1)
+        extents = zip(bonds[:-1], out, inner, bonds[1:], strict=True)
+        return cls(shape, out, inner, tuple(rng.standard_normal(extent, dtype=np.float32) for extent in extents))
+
+    @classmethod
     def detect(cls, layer: Any, tol: float = 1e-5) -> Self | None:
         """A train equal to the weight within `tol`, whatever its modes and their order: the smallest, or nearly so.
 
