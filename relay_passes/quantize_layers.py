@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from tvm import relax
 
-from tvm_structured.dialect import LayerCall, constant
+from tvm_structured.dialect import LayerCall, constant, matrix_shape, static_shape
 from tvm_structured.quantized import QuantizedCall, part_name
 from tvm_structured.relay_passes.compose_epilogue import operands_of
+from tvm_structured.relay_passes.expressions import op_name
 from tvm_structured.relay_passes.integer_scales import Channels, fit_channels, fit_scale, to_int8
 from tvm_structured.structures import BlockCirculant, PermutedDiagonal, Structure, TensorTrain, Unstructured
 from tvm_structured.structures.layer import Array
@@ -48,7 +49,31 @@ def quantize_layer(quantizer: Any, layer: LayerCall, var: Any) -> Made:
             dilation=geometry.dilation,
             groups=geometry.groups,
         )
-    return end.finish(replace(call, layer=layer.layer, inputs=(x.expr,))).to_relax(), y_scale
+        return end.finish(replace(call, layer=layer.layer, inputs=(x.expr,))).to_relax(), y_scale
+    return as_rows(
+        quantizer, end.finish(replace(call, layer=layer.layer, inputs=(x.expr,))), static_shape(var)
+    ), y_scale
+
+
+def flattened(quantizer: Any, x: Any) -> Any:
+    """(rows, features); rows that a reshape made of them before are taken as they were."""
+    shape = static_shape(x)
+    if len(shape) == 2:
+        return x
+    source = quantizer.lookup_binding(x) if isinstance(x, relax.Var) else None
+    if op_name(source) == "relax.reshape":
+        before = static_shape(source.args[0])
+        if len(before) == 2 and before[-1] == shape[-1]:
+            return source.args[0]
+    return quantizer.emit(relax.op.reshape(x, (-1, shape[-1])))
+
+
+def as_rows(quantizer: Any, call: QuantizedCall, shape: Any) -> Any:
+    """A dense call on (rows, features), whatever the rank of the layer's input."""
+    if len(shape) == 2:
+        return call.to_relax()
+    rows = [flattened(quantizer, x) for x in call.inputs]
+    return relax.op.reshape(quantizer.emit(replace(call, inputs=tuple(rows)).to_relax()), shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,8 +114,6 @@ class Ending:
 
 
 def out_features(layer: LayerCall) -> int:
-    from tvm_structured.dialect import matrix_shape
-
     return matrix_shape(layer)[0]
 
 
@@ -161,7 +184,8 @@ def quantized_weight(weight: RealWeight, bias: Array, x_scale: float, y_scale: f
 
 def constants_of(factors: tuple[Array, ...], bias: Array, channels: Channels, x_scale: float) -> tuple[Any, ...]:
     integer_bias = np.rint(bias / (channels.scale * x_scale)).astype(np.int32)
-    return tuple(relax.const(np.ascontiguousarray(array)) for array in (*factors, integer_bias, channels.multiplier))
+    arrays = (*factors, integer_bias, channels.multiplier)
+    return tuple(relax.const(np.ascontiguousarray(array), str(array.dtype)) for array in arrays)
 
 
 def quantize_train(quantizer: Any, layer: LayerCall, structure: TensorTrain, x: Any, end: Ending) -> Made:
@@ -169,7 +193,8 @@ def quantize_train(quantizer: Any, layer: LayerCall, structure: TensorTrain, x: 
     if end.scale is not None:
         return None
     stages = structure.order.stages
-    state = x.expr, x.scale
+    shape = static_shape(x.expr)
+    state = flattened(quantizer, x.expr), x.scale
     for stage in stages:
         is_last, name = stage is stages[-1], part_name(layer.layer, f"core{stage.core}")
         y_scale = end.y_scale if is_last else quantizer.scale(name)
@@ -182,9 +207,19 @@ def quantize_train(quantizer: Any, layer: LayerCall, structure: TensorTrain, x: 
             return None
         call = replace(call, layer=name, inputs=(state[0],))
         if is_last:
-            return end.finish(call).to_relax(), y_scale
+            return train_end(quantizer, end.finish(call), layer, shape), y_scale
         state = quantizer.emit(call.to_relax()), y_scale
     return None
+
+
+def train_end(quantizer: Any, call: QuantizedCall, layer: LayerCall, shape: Any) -> Any:
+    """The last stage, with the residual as rows and the result of the layer's rank."""
+    state, *residual = call.inputs
+    if len(shape) == 2:
+        return call.to_relax()
+    rows = [flattened(quantizer, x) for x in residual]
+    made = quantizer.emit(replace(call, inputs=(state, *rows)).to_relax())
+    return relax.op.reshape(made, (*shape[:-1], out_features(layer)))
 
 
 def quantized_stage(matrix: Array, stage: Any, bias: Array, x_scale: float, y_scale: float) -> QuantizedCall | None:

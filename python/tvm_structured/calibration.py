@@ -134,6 +134,8 @@ def calibrate(mod: Any, inputs: Sequence[Input], data: Any, options: Quantizatio
     batches = list(batches_of(data, inputs))
     if not batches:
         raise ModelError("calibration: no data; give arrays with at least one sample")
+    if not any(np.any(array) for batch in batches for array in batch):
+        raise ModelError("calibration: all samples are zeros, which says nothing about ranges; give real ones")
     for batch in track(batches, "Calibrating"):
         values = {n: v.numpy() for n, v in zip(names, run(*(to_tvm(array) for array in batch)), strict=True)}
         for train in trains:

@@ -16,7 +16,7 @@ from tvm_structured.errors import ModelError, StructuredError
 from tvm_structured.tuning.commands import db
 
 MODEL = click.argument("model", type=click.Path(path_type=Path))
-TARGET = click.option("--target", default="host", show_default=True, help="TVM target: a name, JSON, or 'host'.")
+TARGET = click.option("--target", default="host", show_default=True, help="TVM target: a name, JSON, 'host', or 'vta'.")
 BUDGET = click.option("--budget", type=float, help="At most this fraction of each layer's dense parameters, e.g. 0.25.")
 MAX_FLOPS = click.option("--max-flops", type=float, help="At most this fraction of each layer's dense operations.")
 MAX_ERROR = click.option("--max-error", type=float, help="At most this relative Frobenius error of each weight.")
@@ -90,6 +90,10 @@ def plan(
 @PLAN
 @MEASURE
 @DATABASE
+@click.option(
+    "--calibration", type=click.Path(path_type=Path), help="Samples (.npy, or .npz by input): compute in int8."
+)
+@click.option("--vta-config", type=click.Path(path_type=Path), help="JSON of the accelerator, for --target vta.")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The library to write (.so).")
 def compile_command(
     model: Path,
@@ -101,15 +105,28 @@ def compile_command(
     plan: Path | None,
     measure: bool,
     database: Path | None,
+    calibration: Path | None,
+    vta_config: Path | None,
     output: Path,
 ) -> None:
     """Compile a model to a shared library and print the report."""
     from tvm_structured.compiler import compile as build
 
-    chosen = limits(budget, max_flops, max_error)
-    compiled = build(model, examples(model, shapes), read_target(target), chosen, plan, database, measure)
+    compiled = build(
+        model,
+        examples(model, shapes),
+        read_target(target),
+        limits(budget, max_flops, max_error),
+        plan,
+        database,
+        measure,
+        calibration=None if calibration is None else read_samples(calibration),
+        vta_config=vta_config,
+    )
     compiled.export(output)
     click.echo(str(compiled.report()))
+    if compiled.vta is not None:
+        click.echo(str(compiled.vta_stats()))
     click.echo(f"wrote {output}", err=True)
 
 
@@ -225,7 +242,7 @@ cli.add_command(db)
 
 @cli.group()
 def vta() -> None:
-    """The accelerator: check its simulator."""
+    """The accelerator: check its simulator (compile to it with --target vta)."""
 
 
 @vta.command("check-golden")
@@ -300,6 +317,17 @@ def read_array(path: Path) -> np.ndarray:
         return np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise ModelError(f"{path}: not a readable .npy file ({error})") from None
+
+
+def read_samples(path: Path) -> Any:
+    """One array, or a dict of them by input."""
+    if path.suffix != ".npz":
+        return read_array(path)
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (OSError, ValueError, EOFError) as error:
+        raise ModelError(f"{path}: not a readable .npz file ({error})") from None
 
 
 def random_input(spec: Any, rng: np.random.Generator) -> np.ndarray:

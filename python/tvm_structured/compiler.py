@@ -7,12 +7,12 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tvm_structured.calibration import Quantization, calibrate
-from tvm_structured.errors import ModelError, PlanError, StructuredError
+from tvm_structured.errors import ModelError, PlanError, StructuredError, TargetError
 from tvm_structured.frontend import Imported, first_line, import_model
 from tvm_structured.gpu_build import device_code, emulation
 from tvm_structured.module import FORMAT, METADATA, Compiled
@@ -21,6 +21,10 @@ from tvm_structured.progress import stage
 from tvm_structured.report import Report, make_report
 from tvm_structured.structures import Layer, Structure
 from tvm_structured.targets import is_cuda, resolve_target, target_name
+
+if TYPE_CHECKING:
+    from tvm_structured.vta import VTAConfig
+    from tvm_structured.vta.programs import Programs
 
 
 def compile(
@@ -34,12 +38,14 @@ def compile(
     calibration: Any = None,
     quantization: Quantization | None = None,
     cuda_graph: bool = True,
+    vta_config: Any = None,
 ) -> Compiled:
     """Compile a model with structured layers.
 
     model: torch.nn.Module, torch.export.ExportedProgram, ONNX path or ModelProto, or a Relax IRModule.
-    inputs: example arrays, a tuple (needed for a torch.nn.Module). target: what TVM takes for CPUs and CUDA, or
-    "host"; {"kind": "cuda", "arch": "sm_90"} needs no GPU, see `Compiled.emulate` and `Compiled.export`.
+    inputs: example arrays, a tuple (needed for a torch.nn.Module). target: what TVM takes for CPUs and CUDA, "host", or
+    "vta": the accelerator, simulated on this machine (or on "host" of {"kind": "vta", "host": target}).
+    {"kind": "cuda", "arch": "sm_90"} needs no GPU, see `Compiled.emulate` and `Compiled.export`.
     budget: `Budget` or a fraction of the parameters; without one the result equals the dense model.
     plan: `Plan` or the path of a saved one, instead of a budget. database: what `ts.tune` made, as its directory or a
     `ts.Database`: tuned kernels are used, and priced as such. A MetaSchedule database object is taken for the functions
@@ -47,17 +53,19 @@ def compile(
     measure: time candidates on this machine once (kept in a file, see `tvm-structured costs`) and use only
     what beats the dense layer; False, and targets that do not run here, predict instead.
     calibration: sample inputs; with them, or with `quantization` (how, see `Quantization`), layers compute in int8 and
-    the result is near the model's only, see `quantize`.
+    the result is near the model's only, see `quantize`. The accelerator always computes in int8.
     cuda_graph: on a GPU, launch the kernels between inputs of known shapes as one CUDA graph.
+    vta_config: the accelerator's parameters, a `VTAConfig`, or the keys of VTA's JSON files as a dict, text or path.
 
-    Raises ModelError, TargetError, PlanError, BudgetError or DatabaseError.
+    Raises ModelError, TargetError, PlanError, BudgetError, DatabaseError, or VTAError for a configuration.
     """
+    accelerator, target = split_target(target, vta_config)
     target = resolve_target(target)
     imported = import_model(model, inputs)
-    if calibration is not None or quantization is not None:
+    if accelerator is not None or calibration is not None or quantization is not None:
         samples = inputs if calibration is None else calibration
-        model = int8_model(imported, samples, quantization, target, budget, plan)
-        return build_int8(model, target, tuning_records(model.mod, target, database))
+        int8 = int8_model(imported, samples, quantization, target, budget, plan)
+        return build_int8(int8, target, tuning_records(int8.mod, target, database), accelerator)
     mod = canonicalize(imported, target)
     records = tuning_records(mod, target, database)
     plan = settle_plan(mod, target, budget, plan, measure, records)
@@ -100,22 +108,40 @@ class Int8Model:
 def int8_model(
     imported: Imported, samples: Any, options: Quantization | None, target: Any, budget: Any, plan: Any
 ) -> Int8Model:
-    """Canonical module, plan, structured layers split into parts, ranges, integers."""
+    """Canonical module, plan, structured layers split into parts, ranges, integers; a quantized module as it is."""
+    from tvm_structured.quantized import is_quantized
     from tvm_structured.relay_passes.find_layers import find_calls, find_layers
     from tvm_structured.relay_passes.quantize import Quantize
     from tvm_structured.relay_passes.rewrite_layers import RewriteLayers
     from tvm_structured.relay_passes.split_layers import SplitLayers
 
     options = Quantization() if options is None else options
-    if samples is None:
-        raise ModelError("quantization needs samples of the model's inputs: give calibration=array (or example inputs)")
     mod = canonicalize(imported)
     plan = settle_plan(mod, None, budget, plan).without_algorithms(find_layers(mod))
     report = make_report(find_calls(mod), plan, "int8")
+    if is_quantized(mod):
+        return Int8Model(mod, imported, plan, report)
+    if samples is None:
+        raise ModelError("quantization needs samples of the model's inputs: give calibration=array (or example inputs)")
     mod = RewriteLayers({name: plan.choices[name] for name in find_layers(mod)})(mod)
     mod = SplitLayers()(mod)
-    ranges = calibrate(mod, imported.inputs, samples, options, target)
+    ranges = calibrate(mod, imported.inputs, samples, options, resolve_target("host") if is_cuda(target) else target)
     return Int8Model(Quantize(ranges, options.kept(list(find_calls(mod))))(mod), imported, plan, report)
+
+
+def split_target(target: Any, vta_config: Any = None) -> tuple[VTAConfig | None, Any]:
+    """The accelerator's configuration, None for another target; and the target of what runs on the CPU.
+
+    Raises TargetError for a configuration without the accelerator, VTAError for one that is none.
+    """
+    kind = target.get("kind") if isinstance(target, Mapping) else target
+    if kind != "vta":
+        if vta_config is not None:
+            raise TargetError(f'vta_config is given, but the target is {target!r}; use target="vta"')
+        return None, target
+    from tvm_structured.vta import VTAConfig
+
+    return VTAConfig.read(vta_config), target.get("host", "host") if isinstance(target, Mapping) else "host"
 
 
 def canonicalize(imported: Imported, target: Any = None) -> Any:
@@ -181,9 +207,18 @@ def build(
     return assemble(mod, choices, imported, plan, report, target, records, cuda_graph)
 
 
-def build_int8(model: Int8Model, target: Any, records: Any) -> Compiled:
+def build_int8(model: Int8Model, target: Any, records: Any, accelerator: VTAConfig | None = None) -> Compiled:
     """Schedule and compile a quantized module; its layers are what they shall be."""
-    return assemble(model.mod, {}, model.imported, model.plan, model.report, target, records)
+    mod, programs = model.mod, None
+    if accelerator is not None:
+        from tvm_structured.relay_passes.offload_vta import OffloadVta
+        from tvm_structured.vta.programs import Programs
+
+        offload = OffloadVta(accelerator, target)
+        with stage("Lowering to the accelerator"):
+            mod = offload(mod)
+        programs = Programs(accelerator, tuple(offload.placements)) if offload.placements else None
+    return assemble(mod, {}, model.imported, model.plan, model.report, target, records, programs=programs)
 
 
 def assemble(
@@ -195,6 +230,7 @@ def assemble(
     target: Any,
     records: Any,
     cuda_graph: bool = True,
+    programs: Programs | None = None,
 ) -> Compiled:
     """Rewrite by the choices, lower, schedule and compile, with a description inside."""
     import tvm
@@ -209,6 +245,8 @@ def assemble(
         "inputs": [spec.to_json() for spec in imported.inputs],
         "report": report.to_dict(),
     }
+    if programs is not None:
+        metadata["vta"] = programs.describe()
     try:
         with target, stage("Compiling"), device_code(target, cuda_graph):
             lowered = structured_pipeline(choices, target, records)(mod)
@@ -219,7 +257,7 @@ def assemble(
             raise
         raise ModelError(f"TVM cannot compile this model for {target}: {first_line(error)}") from error
     emulator = functools.partial(emulation, mod, choices, target, metadata) if is_cuda(target) else None
-    return Compiled(executable, metadata, plan, lowered, emulator)
+    return Compiled(executable, metadata, plan, lowered, emulator, programs)
 
 
 def with_metadata(mod: Any, metadata: dict[str, Any]) -> Any:

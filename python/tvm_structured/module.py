@@ -21,11 +21,13 @@ from tvm_structured.files import atomic
 from tvm_structured.inputs import Input, check_inputs
 from tvm_structured.targets import use_all_cores
 from tvm_structured.tvm_log import without_scope_warnings
+from tvm_structured.vta_stats import CountedMain, VTAStats, counted_main
 
 if TYPE_CHECKING:
     from tvm_structured.planning import Plan
     from tvm_structured.profile import Profile
     from tvm_structured.report import Report
+    from tvm_structured.vta.programs import Programs
 
 METADATA = "structured_metadata"  # a function of the module that returns its description, JSON as uint8
 FORMAT = "tvm_structured.module"
@@ -47,7 +49,7 @@ class Runnable:
         self.inputs = tuple(Input.from_json(described) for described in metadata["inputs"])
         self.is_on_gpu = metadata.get("device") == "cuda"
         if not self.is_on_gpu:
-            self._main = self._vm["main"]  # so that what does not load shows at once
+            self._main  # noqa: B018 - so that what does not load shows at once
 
     @functools.cached_property
     def device(self) -> Any:
@@ -62,7 +64,8 @@ class Runnable:
 
     @functools.cached_property
     def _main(self) -> Any:
-        return self._vm["main"]
+        described = self.metadata.get("vta")
+        return CountedMain(self._vm, described) if described else self._vm["main"]
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         """Run. Inputs in order or by name; raises ModelError naming the input that does not fit."""
@@ -110,6 +113,15 @@ class Runnable:
         arrays = [to_tvm(array) for array in check_inputs(self.inputs, inputs, named)]
         return take_profile(self._vm, self.metadata, arrays, repeat)
 
+    def vta_stats(self) -> VTAStats:
+        """Of a module for the accelerator: bytes moved and micro-ops executed in the calls since the start (`time` and
+        `profile` do not count), and the layers with their modelled cycles. Raises ModelError for other modules."""
+        return counted_main(self._main).stats()
+
+    def clear_stats(self) -> None:
+        """Count from zero again."""
+        counted_main(self._main).clear()
+
     def __repr__(self) -> str:
         shapes = ", ".join(map(str, self.inputs))
         return f"<{type(self).__name__} main({shapes}) for {self.metadata['target']}>"
@@ -125,9 +137,11 @@ class Compiled(Runnable):
         plan: Plan,
         mod: Any,
         emulator: Callable[[], Runnable] | None = None,
+        vta: Programs | None = None,
     ) -> None:
         super().__init__(executable, metadata)
         self.plan = plan
+        self.vta = vta  # the accelerator's programs, where that is the target
         self.mod = mod  # the lowered Relax module, to look at with mod.show()
         self._emulator = emulator
 

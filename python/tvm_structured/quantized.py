@@ -189,6 +189,20 @@ class QuantizedCall:
         )
 
 
+def is_quantized(mod: Any) -> bool:
+    """Whether a module has quantized operators."""
+    found: list[Any] = []
+
+    def visit(call: Any) -> None:
+        if QuantizedCall.of(call) is not None:
+            found.append(call)
+
+    for _, function in mod.functions_items():
+        if isinstance(function, relax.Function):
+            tvm_ffi.structural_walk(function, (ir.Call, visit))
+    return bool(found)
+
+
 def infer_type(call: Any, ctx: Any) -> Any:
     unpacked = QuantizedCall.of(call)
     assert unpacked is not None

@@ -20,6 +20,9 @@ class Options:
     plan: Any = None
     database: Any = None
     measure: bool = True
+    calibration: Any = None
+    quantization: Any = None
+    vta_config: Any = None
 
 
 DEFAULTS = Options()
@@ -32,13 +35,21 @@ def current() -> Options:
 
 
 @contextmanager
-def options(budget: Any = None, plan: Any = None, database: Any = None, measure: bool = True) -> Iterator[Options]:
-    """Use a budget, a plan, a tuning database and the choice to measure in the block, as `ts.compile` does.
+def options(
+    budget: Any = None,
+    plan: Any = None,
+    database: Any = None,
+    measure: bool = True,
+    calibration: Any = None,
+    quantization: Any = None,
+    vta_config: Any = None,
+) -> Iterator[Options]:
+    """Use in the block what `ts.compile` takes under these names.
 
     >>> with ts.options(budget=ts.Budget(max_params=0.25)):
     ...     lib = relay.build(mod, target="llvm", params=params)
     """
-    chosen = Options(budget, plan, database, measure)
+    chosen = Options(budget, plan, database, measure, calibration, quantization, vta_config)
     token = _current.set(chosen)
     try:
         yield chosen

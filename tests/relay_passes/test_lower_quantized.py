@@ -10,7 +10,7 @@ from quantized_samples import constants, inputs_of, int8, module_of, run_on_cpu,
 from tvm import relax
 
 from tvm_structured.quantized import QuantizedCall
-from tvm_structured.relay_passes.offload_vta import operator_of
+from tvm_structured.relay_passes.vta_operators import operator_of
 from tvm_structured.structures import BlockCirculant
 
 RNG = np.random.default_rng(0)
@@ -19,7 +19,7 @@ RNG = np.random.default_rng(0)
 def check(call: QuantizedCall) -> None:
     arrays = [int8(RNG, *(int(extent) for extent in x.ty.shape)) for x in call.inputs]
     arrays[0].reshape(-1)[:2] = -128, 127  # extremes are there, whatever the size
-    operator = operator_of(call)
+    operator = operator_of([call])
     assert operator is not None
     expected = operator.reference(*arrays)
     found = run_on_cpu(module_of(call), *arrays)

@@ -44,18 +44,26 @@ def build(
     The enclosing PassContext holds, as for any of TVM's pipelines: `instruments` see every pass, and `disabled_pass`
     leaves passes out by name ("RewriteLayers": all layers stay dense). At opt_level 0 no structure is searched for; a
     plan or budget is an explicit wish and holds all the same. These, and the database of `ts.tune`, come from
-    `with ts.options(budget=..., plan=..., database=...)`.
+    `with ts.options(budget=..., plan=..., database=...)`, as does what int8 needs, on CPUs and on the accelerator
+    (target="vta"): `ts.options(calibration=samples)`.
 
-    Raises ModelError, TargetError, PlanError or BudgetError.
+    Raises ModelError, TargetError, PlanError, BudgetError or VTAError.
     """
     from tvm.ir.transform import PassContext
 
     refuse_microcontrollers(executor, runtime, workspace_memory_pools or constant_memory_pools)
-    target = settle_target(target, target_host)
     options = settings.current()
+    accelerator, target = compiler.split_target(read_target(target), options.vta_config)
+    target = settle_target(target, None if accelerator is not None else target_host)
     imported = bind(ir_mod, params or {})
-    mod = compiler.canonicalize(imported, target)
     wish = Wish.of(options)
+    if accelerator is not None or options.calibration is not None or options.quantization is not None:
+        samples, how = options.calibration, options.quantization
+        int8 = compiler.int8_model(imported, samples, how, target, wish.budget, wish.plan)
+        records = compiler.tuning_records(int8.mod, target, options.database)
+        compiled = compiler.build_int8(int8, target, records, accelerator)
+        return GraphExecutorFactoryModule(compiled, imported.params, target, mod_name)
+    mod = compiler.canonicalize(imported, target)
     with PassContext():  # kernels built to be measured are no part of the pipeline that the user's context is about
         records = compiler.tuning_records(mod, target, options.database)
         plan = compiler.settle_plan(mod, target, wish.budget, wish.plan_for(mod), options.measure, records)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from enum import IntEnum
+from pathlib import Path
 from typing import Any
 
 from tvm_structured.errors import VTAError
@@ -102,6 +104,22 @@ class VTAConfig:
         if missing:
             raise VTAError(f"missing keys: {', '.join(missing)}")
         return cls(**{known[key]: value for key, value in values.items()})
+
+    @classmethod
+    def read(cls, source: VTAConfig | Mapping[str, Any] | str | os.PathLike[str] | None) -> VTAConfig:
+        """From what people have: a configuration, the dict or text that `from_json` takes, the path of a JSON file;
+        None is the default. Raises VTAError for anything else and for a file that cannot be read."""
+        if source is None:
+            return cls()
+        if isinstance(source, VTAConfig):
+            return source
+        is_text = isinstance(source, str) and source.lstrip().startswith("{")
+        if isinstance(source, (str, os.PathLike)) and not is_text:
+            try:
+                return cls.from_json(Path(source).read_text(encoding="utf-8"))
+            except (OSError, UnicodeDecodeError) as error:
+                raise VTAError(f"{source}: cannot read the configuration ({error})") from None
+        return cls.from_json(source)  # type: ignore[arg-type]
 
     def to_json(self) -> str:
         """Text that `from_json` reads."""
