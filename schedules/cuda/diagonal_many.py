@@ -31,7 +31,15 @@ def pack_many(blocks: DiagonalBlocks, tile: Tile, dtype: str) -> dict[str, np.nd
 
 
 def emit_many(
-    tile: Tile, blocks: DiagonalBlocks, x: Any, weight: Any, f: Any, g: Any, writer: RowWriter, tensorize: bool
+    tile: Tile,
+    blocks: DiagonalBlocks,
+    x: Any,
+    weight: Any,
+    f: Any,
+    g: Any,
+    writer: RowWriter,
+    tensorize: bool,
+    joined: bool,
 ) -> None:
     p = blocks.p
 
@@ -50,4 +58,4 @@ def emit_many(
         return [t.value(load((c + f[unit]) % p, 0)) for c in range(p)]
 
     domain = Domain(p, 1, (blocks.rows, blocks.columns), forward, inverse)
-    emit_domain(domain, tile, weight, writer, lambda unit: unit * p, tensorize)
+    emit_domain(domain, tile, weight, writer, lambda unit: unit * p, tensorize, joined)

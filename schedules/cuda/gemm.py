@@ -30,6 +30,7 @@ from tvm_structured.schedules.cuda.threads import (
     ceildiv,
     compute,
     f32,
+    i32,
     launch,
     load_vector,
     when,
@@ -41,7 +42,7 @@ Store = Callable[[Threads, Any, Any, Any, Any, Sequence[Sequence[Any]]], None]
 
 
 # (threads, load(batch, plane), row, whether it exists, column)
-Join = Callable[[Threads, Callable[[int, int], Any], Any, Any, Any], None]
+Join = Callable[[Threads, Callable[[Any, int], Any], Any, Any, Any], None]
 
 
 @dataclass(frozen=True)
@@ -151,8 +152,8 @@ class Gemm:
                 i = turn * tile.threads + t.tx
                 m, n = batch * share + i // tile.columns, i % tile.columns
 
-                def load(source: int, plane: int) -> Any:
-                    operands = sums.address(plane, m, n), tirx.const(source, "int32")
+                def load(source: Any, plane: int) -> Any:
+                    operands = sums.address(plane, m, n), i32(source)
                     return compute("float32", "ts_remote", *operands, source=device_code.CLUSTER)
 
                 join(t, load, bm * tile.rows + m, self._row_exists(bm * tile.rows + m), bn * tile.columns + n)
