@@ -47,7 +47,7 @@ ALLOWED = {
         "compiler", "cost_store", "costs", "detection_store", "errors", "files", "frontend", "guard", "planning",
         "relay_passes", "schedules", "structures", "targets", "timing",
     },
-    "vta": {"errors", "files", "schedules", "targets"},
+    "vta": {"errors", "files", "line_store", "schedules", "targets"},
     "vta_stats": {"errors", "report"},
     "relay": {
         "compiler", "devices", "errors", "files", "frontend", "guard", "inputs", "module", "planning", "relay_passes",

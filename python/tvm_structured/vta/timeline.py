@@ -10,13 +10,34 @@ import numpy as np
 
 from tvm_structured.errors import EnvironmentMismatchError, VTAError
 from tvm_structured.files import atomic
-from tvm_structured.vta.isa import INSTRUCTIONS, Gemm
+from tvm_structured.vta.config import Memory
+from tvm_structured.vta.isa import INSTRUCTIONS, Alu, Finish, Gemm, Load, Store
 from tvm_structured.vta.order import MODULES
 from tvm_structured.vta.program import Program
 from tvm_structured.vta.timing import Timing
 
 PICTURES = (".png", ".svg", ".pdf")
-COLORS = {"LOAD": "tab:blue", "STORE": "tab:green", "GEMM": "tab:red", "ALU": "tab:orange", "FINISH": "tab:gray"}
+COLORS = {
+    "LOAD INP": "tab:blue",
+    "LOAD WGT": "tab:cyan",
+    "LOAD UOP": "tab:pink",
+    "LOAD ACC": "tab:olive",
+    "LOAD ACC_8BIT": "tab:olive",
+    "GEMM": "tab:red",
+    "GEMM reset": "tab:brown",
+    "ALU": "tab:orange",
+    "STORE": "tab:green",
+    "FINISH": "tab:gray",
+    "tokens": "lightgray",
+}
+TRANSFER = ("sram_base", "dram_base", "x_size", "y_size")
+DETAILS: dict[int, tuple[str, ...]] = {
+    Load.opcode: TRANSFER,
+    Store.opcode: TRANSFER,
+    Gemm.opcode: ("uop_bgn", "uop_end", "iter_out", "iter_in"),
+    Alu.opcode: ("alu_opcode", "use_imm", "imm", "uop_bgn", "uop_end", "iter_out", "iter_in"),
+    Finish.opcode: (),
+}
 
 
 def save_timeline(timing: Timing, program: Program, path: Any, title: str = "program") -> Path:
@@ -36,14 +57,23 @@ def save_timeline(timing: Timing, program: Program, path: Any, title: str = "pro
 
 
 def names_of(program: Program) -> list[str]:
-    """`GEMM`, `LOAD`, ... of every instruction; resets of the accumulators are GEMM instructions."""
-    names = {opcode: kind.__name__.upper() for opcode, kind in INSTRUCTIONS.items()}
-    return [names[int(opcode)] for opcode in program.columns["opcode"]]
+    """What every instruction is: a key of `COLORS`; "tokens" moves nothing else."""
+    c, names = program.columns, []
+    for i, opcode in enumerate(c["opcode"].tolist()):
+        name = INSTRUCTIONS[opcode].mnemonic
+        if opcode in (Load.opcode, Store.opcode) and c["x_size"][i] == 0:
+            name = "tokens"
+        elif opcode == Load.opcode:
+            name = f"LOAD {Memory(int(c['memory_type'][i])).name}"
+        elif opcode == Gemm.opcode and c["reset"][i]:
+            name = "GEMM reset"
+        names.append(name)
+    return names
 
 
 def chrome_trace(timing: Timing, program: Program, title: str = "program") -> dict[str, Any]:
     """Trace Event Format: one complete event for each instruction; a microsecond stands for a modelled cycle."""
-    names = names_of(program)
+    c, names = program.columns, names_of(program)
     rows: list[dict[str, Any]] = [
         {"ph": "M", "name": "thread_name", "pid": 0, "tid": index, "args": {"name": module}}
         for index, module in enumerate(MODULES)
@@ -51,7 +81,8 @@ def chrome_trace(timing: Timing, program: Program, title: str = "program") -> di
     for index, name in enumerate(names):
         start, end = int(timing.start[index]), int(timing.end[index])
         event = {"name": name, "ts": start, "dur": end - start, "tid": int(timing.module[index])}
-        rows.append({"ph": "X", "pid": 0, **event, "args": {"instruction": index}})
+        fields = {name: int(c[name][index]) for name in DETAILS[int(c["opcode"][index])]}
+        rows.append({"ph": "X", "pid": 0, **event, "args": {"instruction": index, **fields}})
     return {"traceEvents": rows, "otherData": {"title": title, "cycles (modelled)": timing.cycles}}
 
 
@@ -66,12 +97,12 @@ def draw(timing: Timing, program: Program, path: Path, title: str) -> None:
     figure = Figure(figsize=(14, 2.6), layout="constrained")
     axes = figure.subplots()
     names = np.array(names_of(program))
-    for kind, color in COLORS.items():
-        for module in range(len(MODULES)):
+    for kind in (kind for kind in COLORS if kind in names):
+        for number, module in enumerate(np.unique(timing.module[names == kind]).tolist()):
             chosen = np.flatnonzero((names == kind) & (timing.module == module))
             spans = list(zip(timing.start[chosen], (timing.end - timing.start)[chosen], strict=True))
-            label = kind if module == {"LOAD": 0, "STORE": 2}.get(kind, 1) else None
-            axes.broken_barh(spans, (module - 0.4, 0.8), facecolors=color, label=label)
+            label = kind if number == 0 else None
+            axes.broken_barh(spans, (module - 0.4, 0.8), facecolors=COLORS[kind], linewidth=0, label=label)
     axes.set_yticks(range(len(MODULES)), MODULES)
     axes.invert_yaxis()
     share = f"{100 * timing.gemm_utilisation:.0f} % of them with a {Gemm.__name__.upper()} micro-op"

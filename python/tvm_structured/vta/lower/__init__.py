@@ -40,7 +40,7 @@ from tvm_structured.vta.operators import (
     Operator,
 )
 
-__all__ = ["LOWERINGS", "Layout", "Lowered", "Problem", "Schedule", "lower", "problem_of"]
+__all__ = ["LOWERINGS", "Layout", "Lowered", "Problem", "Schedule", "lower", "lower_problem", "problem_of"]
 
 LOWERINGS: dict[type[Operator], Callable[[Any, tuple[Layout, ...], VTAConfig], Problem]] = {
     Int8Dense: dense_problem,
@@ -80,11 +80,15 @@ def lower(
     Raises VTAError where an input's shape is not the operator's, its values do not fit the accelerator's widths, or
     the schedule does not fit its buffers.
     """
-    config = VTAConfig() if config is None else config
-    problem = problem_of(operator, shapes, config)
-    schedule = problem.default_schedule(threads) if schedule is None else schedule
-    builder = Builder(config)
-    inputs = layouts(shapes, config)
+    problem = problem_of(operator, shapes, VTAConfig() if config is None else config)
+    return lower_problem(problem, operator, shapes, problem.default_schedule(threads) if schedule is None else schedule)
+
+
+def lower_problem(
+    problem: Problem, operator: Operator, shapes: Sequence[tuple[int, ...]], schedule: Schedule
+) -> Lowered:
+    """The same for a problem that was made before."""
+    builder, inputs = Builder(problem.config), layouts(shapes, problem.config)
     problem.emit(builder, schedule, [f"input{i}" for i in range(len(inputs))], "output")
-    output = Layout.of(operator.output_shape(*(layout.shape for layout in inputs)), config)
+    output = Layout.of(operator.output_shape(*(layout.shape for layout in inputs)), problem.config)
     return Lowered.build(operator, schedule, inputs, output, builder, problem.reason)
