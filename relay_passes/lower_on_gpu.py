@@ -15,7 +15,7 @@ import numpy as np
 from tvm import relax, te, tirx
 
 from tvm_structured.errors import KernelNotFoundError
-from tvm_structured.relay_passes.lower_structured import CONV_KERNELS, bindable, flatten, product
+from tvm_structured.relay_passes.lower_structured import bindable, flatten, product
 from tvm_structured.schedules.base import Epilogue
 from tvm_structured.schedules.cuda import CUDA_KERNELS
 from tvm_structured.schedules.cuda.epilogue import finished
@@ -36,7 +36,7 @@ def lower_on_gpu(builder: Any, call: Any, y_shape: Any, gpu: Gpu, configure: Con
         return lower_rows(builder, call, y_shape, emit_kernel if has_kernel else emit_product, gpu, configure)
     if not has_kernel:
         return emit_convolution(builder, call, gpu)
-    if call.op in CONV_KERNELS:
+    if CUDA_KERNELS[call.op].takes_images:
         return emit_kernel(builder, call, call.x, call.operands, call.images()[1], gpu, configure)
     return lower_on_patches(builder, call, gpu, configure)
 
@@ -113,7 +113,7 @@ def kernel_and_gpu_site(call: Any, gpu: Gpu) -> tuple[Any, Structure, GpuSite]:
     if kernel is None:
         raise KernelNotFoundError(f"{call.layer}: there is no CUDA kernel for {call.op!r}; leave the layer dense")
     dtype = str(call.x.ty.dtype)
-    if call.op in CONV_KERNELS:
+    if call.conv is not None and kernel.takes_images:
         x, y = call.images()
         leading = bindable(x[0])
         site = GpuSite((leading, *x[1:]), (leading, *y[1:]), gpu, call.epilogue, call.conv, dtype)

@@ -87,10 +87,10 @@ def weights_are_cold(calls: Mapping[str, Sequence[LayerCall]]) -> bool:
 
 def recorded_seconds(call: LayerCall, target: Any, records: Any) -> float | None:
     """What a tuning database says of a layer that is one kernel; None where it says nothing."""
-    from tvm_structured.relay_passes.lower_structured import CONV_KERNELS, kernel_and_site
-    from tvm_structured.schedules import Cpu
+    from tvm_structured.relay_passes.lower_structured import kernel_and_site
+    from tvm_structured.schedules import KERNELS, Cpu
 
-    is_one_kernel = call.conv is None or call.op in CONV_KERNELS
+    is_one_kernel = call.conv is None or KERNELS[call.op].takes_images
     if records is None or not hasattr(records, "seconds") or is_cuda(target) or not is_one_kernel:
         return None
     seconds: float | None = records.seconds(*kernel_and_site(call, Cpu.of(target)))

@@ -28,6 +28,7 @@ class WinogradKernel(Kernel):
     """`tile`: of the products over channels."""
 
     name = "winograd"
+    takes_images = True
 
     def configs(self, structure: Structure, site: GpuSite) -> Iterator[Config]:  # type: ignore[override]
         assert isinstance(structure, Winograd)
