@@ -126,8 +126,8 @@ class Gemm:
     def emit(self, store: Store) -> None:
         """store(threads, batch, row, exists, column, values) takes every pair of neighbouring sums."""
         tile = self.tile
-        grid = (ceildiv(self.columns, tile.columns), ceildiv(self.rows, tile.rows), self.batches)
-        with launch(grid, tile.threads, not self.tensorize) as (t, (bn, bm, batch)):
+        grid = (ceildiv(self.columns, tile.columns), self.batches, ceildiv(self.rows, tile.rows))
+        with launch(grid, tile.threads, not self.tensorize) as (t, (bn, batch, bm)):
             self._emit_block(t, (batch, bm * tile.rows, bn))
             self._store(self.acc, store)
 

@@ -7,6 +7,8 @@ are arrays with a row for every thread: the same statements, run one thread afte
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -173,17 +175,19 @@ class Threads:
 
 @contextmanager
 def launch(grid: Sequence[Extent], threads: int, serial: bool, cluster: int = 1) -> Iterator[tuple[Threads, list[Any]]]:
-    """One kernel: `grid` blocks (x, y, z) of `threads` threads. Yields the threads and the block's coordinates.
+    """One kernel of `threads` threads to a block. Yields the threads and the block's coordinates in the grid.
 
-    So many blocks in succession along x make a cluster, and can read each other's shared memory (sm_90).
+    The first extent of the grid is the fastest; the last may be symbolic. `cluster` blocks in succession make a cluster
+    and can read each other's shared memory (sm_90).
     """
     made = Threads(threads, serial)
-    frames = []
-    where = []
-    for extent, axis in zip(grid, "xyz", strict=False):
-        frame = I.thread_binding(0, i32(extent), thread=f"blockIdx.{axis}")
-        where.append(frame.__enter__())
-        frames.append(frame)
+    # in one dimension: the others end at 65535 blocks
+    frames = [I.thread_binding(0, i32(functools.reduce(operator.mul, grid)), thread="blockIdx.x")]
+    rest, where = frames[0].__enter__(), []
+    for extent in grid[:-1]:
+        where.append(rest % extent)
+        rest = rest // extent
+    where.append(rest)
     if cluster > 1:
         frame = I.thread_binding(0, cluster, thread="clusterCtaIdx.x")
         frame.__enter__()
