@@ -22,7 +22,7 @@ from typing import Any
 
 import click
 import torch
-from lenet import EPOCHS, FORMS, QUICK_EPOCHS, fine_tuned, measure
+from lenet import EPOCHS, FORMS, QUICK_EPOCHS, measure, read_trained
 from measuring import Timing, interleaved, machine, marked, print_table, relative_error
 from to_markdown import line
 from tqdm import tqdm
@@ -124,7 +124,7 @@ def time_forms(names: Sequence[str], seed: int, epochs: int, folder: Path) -> Ro
     """Compiled networks in turns, and PyTorch on the dense one; each is checked against its torch module."""
     digits = demo.load_digits(seed)
     images = torch.from_numpy(digits.test_images)
-    networks = {name: fine_tuned(name, seed, epochs, folder, digits)[0] for name in names}
+    networks = {name: read_trained(name, seed, epochs, folder, digits) for name in names}
     found: dict[str, dict[str, Any]] = {name: {"times": {}, "error": 0.0} for name in names}
     for batch in BATCHES:
         x = images[:batch].clone()

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from tvm_structured import demo
 from tvm_structured.nn import Structured, convert, fine_tune, recover
 
-EPOCHS, QUICK_EPOCHS = 15, 2
+EPOCHS, QUICK_EPOCHS = 20, 2
 BATCH = 64
 LEARNING_RATE = 1.2e-2
 CALIBRATION = 512  # unlabelled training images for `recover`
@@ -130,7 +130,7 @@ def train(model: nn.Module, digits: demo.Digits, seed: int, epochs: int, path: P
 def teacher_of(seed: int, epochs: int, folder: Path, digits: demo.Digits) -> LeNet:
     """The dense network of a seed, trained."""
     network = dense_network(FORMS["dense"], seed)
-    train(network, digits, seed, epochs, folder / f"dense-{seed}.ckpt")
+    train(network, digits, seed, epochs, checkpoint("dense", seed, folder))
     return network
 
 
@@ -138,22 +138,34 @@ def fine_tuned(
     name: str, seed: int, epochs: int, folder: Path, digits: demo.Digits
 ) -> tuple[nn.Module, dict[str, float]]:
     """A form's network projected, recovered and fine-tuned; accuracies on the way."""
-    form = FORMS[name]
+    form, path = FORMS[name], checkpoint(name, seed, folder)
     if form.layers is None:
         network: nn.Module = dense_network(form, seed)
-        return network, {"scratch": train(network, digits, seed, epochs, folder / f"{slug(name)}-{seed}.ckpt")}
+        return network, {"scratch": train(network, digits, seed, epochs, path)}
     teacher = teacher_of(seed, epochs, folder, digits)
     network = convert(teacher, form.layers)
     scores = {"projected": demo.accuracy(network, digits)}
-    recover(
-        network,
-        teacher,
-        torch.from_numpy(digits.train_images[:: len(digits.train_images) // CALIBRATION]),
-        progress=False,
-    )
+    unlabelled = digits.train_images[:: max(1, len(digits.train_images) // CALIBRATION)]
+    recover(network, teacher, unlabelled, progress=False)
     scores["recovered"] = demo.accuracy(network, digits)
-    scores["fine_tuned"] = train(network, digits, seed, epochs, folder / f"{slug(name)}-{seed}.ckpt", teacher=teacher)
+    scores["fine_tuned"] = train(network, digits, seed, epochs, path, teacher=teacher)
     return network, scores
+
+
+def read_trained(name: str, seed: int, epochs: int, folder: Path, digits: demo.Digits) -> nn.Module:
+    """The network that an earlier `measure` trained, from its checkpoint."""
+    form, path = FORMS[name], checkpoint(name, seed, folder)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: train {name!r} with seed {seed} first, with the same --json")
+    network: nn.Module = dense_network(form, seed)
+    if form.layers is not None:
+        network = convert(teacher_of(seed, epochs, folder, digits), form.layers)
+    train(network, digits, seed, epochs, path)
+    return network
+
+
+def checkpoint(name: str, seed: int, folder: Path) -> Path:
+    return folder / f"{name.replace(', ', '-').replace(' ', '-').lower()}-{seed}.ckpt"
 
 
 def measure(name: str, seed: int, epochs: int, folder: Path) -> dict[str, Any]:
@@ -168,10 +180,6 @@ def measure(name: str, seed: int, epochs: int, folder: Path) -> dict[str, Any]:
             for module in fresh.modules():
                 if isinstance(module, (Structured, nn.Linear, nn.Conv2d)):
                     module.reset_parameters()
-        scores["scratch"] = train(fresh, digits, seed, epochs, folder / f"{slug(name)}-{seed}-scratch.ckpt")
+        scores["scratch"] = train(fresh, digits, seed, epochs, checkpoint(f"{name} scratch", seed, folder))
     parameters = sum(p.numel() for p in network.parameters())
     return {"form": name, "seed": seed, "epochs": epochs, "parameters": parameters, "accuracy": scores}
-
-
-def slug(name: str) -> str:
-    return name.replace(", ", "-").replace(" ", "-").lower()

@@ -124,6 +124,84 @@ def test_a_structured_network_keeps_the_size_of_its_weights(monkeypatch: pytest.
     assert float(changed[1].weight.norm() / dense[1].weight.norm()) == pytest.approx(1, rel=0.2)
 
 
+def test_the_lenet_forms_have_the_published_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS[0].parent)
+    import lenet
+
+    from tvm_structured.nn import convert
+
+    dense = lenet.dense_network(lenet.FORMS["dense"], 0)
+    sizes = {
+        name: sum(
+            p.numel()
+            for p in (convert(dense, form.layers) if form.layers else lenet.dense_network(form, 0)).parameters()
+        )
+        for name, form in lenet.FORMS.items()
+    }
+    assert sizes["dense"] == 61_482 and sizes["DeBut"] == 10_186
+    for name in ("dense, smaller", "tensor-train", "low-rank"):
+        assert sizes[name] == pytest.approx(10_186, rel=0.04)
+
+
+def test_the_accuracy_benchmark_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = load(next(path for path in BENCHMARKS if path.stem == "bench_accuracy"), monkeypatch)
+    path = tmp_path / "accuracy.jsonl"
+    row = {"seed": 0, "epochs": 2, "parameters": 100}
+    rows = [
+        {"form": "dense", **row, "accuracy": {"scratch": 0.98}},
+        {"form": "dense", **row, "seed": 1, "accuracy": {"scratch": 0.96}},
+        {"form": "DeBut", **row, "parameters": 20, "accuracy": {"projected": 0.1, "fine_tuned": 0.97}},
+        {"form": "dense", "seed": 0, "times": {"1": {"seconds": 2e-5, "spread": 0.01}}},
+        {"form": "DeBut", "seed": 0, "times": {"1": {"seconds": 1e-5, "spread": 0.01}}},
+    ]
+    bench.write_rows(path, rows)
+    assert bench.read_rows(path) == rows
+    asked = []
+    monkeypatch.setattr(bench, "ProcessPoolExecutor", lambda *args: pytest.fail("nothing is left to train"))
+    monkeypatch.setattr(
+        bench, "cells", lambda name, rows, cells=bench.cells: asked.append(cells(name, rows)) or asked[-1]
+    )
+    figure = tmp_path / "accuracy.svg"
+    result = CliRunner().invoke(bench.main, ["--show", "--json", str(path), "--plot", str(figure)])
+    assert result.exit_code == 0, result.output
+    assert "| dense | 100 | 1.0x | - | - | - | 97.00 ± 1.41 | 20.0 | 1.00 |" in result.output
+    assert "| DeBut | 20 | 5.0x | 10.00 | - | 97.00 | - | 10.0 | 2.00 |" in result.output
+    assert figure.read_text().lstrip().startswith("<?xml")
+
+
+def test_the_accuracy_benchmark_shifts_images_but_not_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS[0].parent)
+    import lenet
+
+    from tvm_structured import demo
+
+    digits = demo.load_digits()
+    batches = list(lenet.Shifted(digits, seed=0))
+    assert sum(len(labels) for _, labels in batches) == 4000 and len(batches) == len(lenet.Shifted(digits, 0))
+    known = {image[0, 6:-6, 6:-6].tobytes() for image in digits.train_images}
+    images = batches[0][0]
+    assert (
+        images.shape == (64, 1, 28, 28) and np.bincount(np.concatenate([y for _, y in batches])).tolist() == [400] * 10
+    )
+    found = [
+        any(
+            image[0, 6 + dy : 22 + dy, 6 + dx : 22 + dx].numpy().tobytes() in known
+            for dy in range(-2, 3)
+            for dx in range(-2, 3)
+        )
+        for image in images
+    ]
+    assert all(found)
+
+
+def test_the_training_benchmark_compares_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = load(next(path for path in BENCHMARKS if path.stem == "bench_training"), monkeypatch)
+    monkeypatch.setitem(bench.LAYERS, "tiny", (24, 32))
+    row = bench.measure("block-circulant 8", "tiny", 3, rounds=1)
+    assert min(row["times"][who]["seconds"] for who in ("dense", "expand", "ours")) > 0 and row["error"] < 1e-4
+    assert len(bench.cells(row)) == len(bench.HEADINGS)
+
+
 def test_timings_tell_noise_and_missing_values(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS[0].parent)
     import measuring
