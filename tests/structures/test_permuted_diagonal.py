@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tvm_structured.errors import ModelError
@@ -207,3 +207,67 @@ def test_apply_gathers_large_layers_in_pieces(monkeypatch):
     whole = member.apply(x)
     monkeypatch.setattr(permuted_diagonal, "GATHERED", 100)
     np.testing.assert_allclose(member.apply(x), whole, atol=1e-12)
+
+
+# -- products in torch ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sparse(monkeypatch):
+    """Small matrices, too, are multiplied as sparse ones."""
+    monkeypatch.setattr("tvm_structured.structures.permuted_diagonal.SMALL", 0)
+
+
+def in_torch(member, dtype=torch.float64, requires_grad=False):
+    diagonals = torch.tensor(member.diagonals, dtype=dtype, requires_grad=requires_grad)
+    return PermutedDiagonal(member.shape, member.taps, diagonals, torch.tensor(member.shifts))
+
+
+@pytest.mark.usefixtures("sparse")
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 20), st.integers(1, 15), st.sampled_from([1, 3]), st.integers(2, 9), st.integers(0, 5))
+def test_sparse_products_follow_the_definition(out, width, taps, p, rows):
+    member = random_member(out, width * taps, p, taps)
+    x = np.random.default_rng(1).standard_normal((rows, width * taps))
+    expected = x @ reference_dense(member.diagonals, member.shifts, out, width * taps, taps).T
+    np.testing.assert_allclose(in_torch(member).apply(torch.from_numpy(x)).numpy(), expected, atol=1e-12)
+    np.testing.assert_array_equal(in_torch(member).dense().numpy(), member.dense())
+
+
+@pytest.mark.usefixtures("sparse")
+@pytest.mark.parametrize(("out", "inner", "p", "taps"), [(12, 12, 3, 1), (7, 11, 4, 1), (9, 18, 2, 3)])
+def test_gradients_of_sparse_products_are_those_of_finite_differences(out, inner, p, taps):
+    member = random_member(out, inner, p, taps)
+    x = torch.randn(4, inner, dtype=torch.float64, requires_grad=True)
+    diagonals = torch.tensor(member.diagonals, requires_grad=True)
+    shifts = torch.tensor(member.shifts)
+
+    def product(x, diagonals):
+        return PermutedDiagonal(member.shape, taps, diagonals, shifts).apply(x)
+
+    assert torch.autograd.gradcheck(product, (x, diagonals))
+    assert torch.autograd.gradcheck(lambda d: PermutedDiagonal(member.shape, taps, d, shifts).dense(), (diagonals,))
+
+
+@pytest.mark.usefixtures("sparse")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_sparse_products_keep_the_type(dtype):
+    member = random_member(24, 32, 4)
+    x = torch.randn(3, 32)
+    expected = in_torch(member).apply(x.double())
+    found = in_torch(member, dtype).apply(x.to(dtype))
+    assert found.dtype == dtype
+    assert float((found.double() - expected).norm() / expected.norm()) < 0.02
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert in_torch(member, torch.float32).apply(x).isfinite().all()
+
+
+@pytest.mark.usefixtures("sparse")
+def test_shifts_that_change_in_place_are_seen():
+    """As when a state is loaded into a module."""
+    member, other = random_member(12, 16, 4), random_member(12, 16, 4, seed=7)
+    held, x = in_torch(member), torch.randn(2, 16, dtype=torch.float64)
+    held.apply(x)
+    held.shifts.copy_(torch.tensor(other.shifts))
+    expected = PermutedDiagonal(member.shape, 1, member.diagonals, other.shifts).apply(x.numpy())
+    np.testing.assert_allclose(held.apply(x).numpy(), expected, atol=1e-12)

@@ -152,7 +152,7 @@ class PermutedDiagonal(Structure):
 
             diagonals = torch.as_tensor(self.diagonals, device=x.device)
             product = dense_product if self.shape[0] * self.shape[1] <= SMALL else sparse_product
-            y: Any = product(blocks.reshape(blocks.shape[0], -1), diagonals, self.shifts)
+            y: Any = product(blocks.flatten(1), diagonals, self.shifts)
         else:
             y = self._gathered(blocks)
         return y[:, : self.shape[0]].reshape((*x.shape[:-1], self.shape[0]))
