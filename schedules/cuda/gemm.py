@@ -28,9 +28,7 @@ from tvm_structured.schedules.cuda.threads import (
     all_of,
     call,
     ceildiv,
-    compute,
     f32,
-    i32,
     launch,
     load_vector,
     when,
@@ -132,32 +130,36 @@ class Gemm:
             self._store(self.acc, store)
 
     def emit_joined(self, join: Join) -> None:
-        """All batches of a tile are made by a cluster of blocks. join(threads, load, row, exists, column) takes every
-        element once; load(batch, plane) reads its sums from the shared memory of the block that has them."""
+        """All batches of a tile are made by a cluster of blocks, which then share out the rows: each block pushes its
+        sums into the shared memory of the one that has the row. join(threads, load, row, exists, column) takes every
+        element once, load(batch, plane) reads its sums.
+        """
         tile, count = self.tile, self.batches
         grid = (ceildiv(self.columns, tile.columns) * count, ceildiv(self.rows, tile.rows))
         with launch(grid, tile.threads, False, cluster=count) as (t, (bx, bm)):
             batch, bn = bx % count, bx // count
             self._emit_block(t, (batch, bm * tile.rows, bn))
-            t.barrier()  # TVM lets the sums take over the storage of the tiles
-            sums = t.shared((self.planes, tile.rows, tile.columns), "float32", padding=2, opaque=True)
+            share = tile.rows // count
+            call("ts_cluster_sync", source=device_code.CLUSTER)  # the sums take over the storage of the tiles
+            sums = t.shared((count * self.planes, share, tile.columns), "float32", padding=2, opaque=True)
             row, column = self._corner()
             for place in self._places():
-                for plane, j in itertools.product(range(self.planes), range(2)):
-                    at = plane, row + place.row, column + place.column + j
-                    sums[at] = self.acc[plane * self.sums + place.first + j]
+                m, n = row + place.row, column + place.column
+                for plane in range(self.planes):
+                    first = plane * self.sums + place.first
+                    to = sums.address(batch * self.planes + plane, m % share, n)
+                    pair = self.acc[first], self.acc[first + 1]
+                    call("ts_push", to, m // share, *pair, source=device_code.CLUSTER)
             call("ts_cluster_sync", source=device_code.CLUSTER)
-            share = tile.rows // count
             with I.serial(0, share * tile.columns // tile.threads) as turn:
                 i = turn * tile.threads + t.tx
-                m, n = batch * share + i // tile.columns, i % tile.columns
+                m, n = i // tile.columns, i % tile.columns
 
                 def load(source: Any, plane: int) -> Any:
-                    operands = sums.address(plane, m, n), i32(source)
-                    return compute("float32", "ts_remote", *operands, source=device_code.CLUSTER)
+                    return sums[source * self.planes + plane, m, n]
 
-                join(t, load, bm * tile.rows + m, self._row_exists(bm * tile.rows + m), bn * tile.columns + n)
-            call("ts_cluster_sync", source=device_code.CLUSTER)
+                at_row = bm * tile.rows + batch * share + m
+                join(t, load, at_row, self._row_exists(at_row), bn * tile.columns + n)
 
     def _emit_block(self, t: Threads, where: tuple[Any, Any, Any]) -> None:
         """The sums of one tile into registers; `where` is its batch, first row and number along the columns."""

@@ -15,7 +15,7 @@ from tvm_structured.schedules.base import Config, Kernel
 from tvm_structured.schedules.cuda.dense_rows import emit_rows, pack_rows
 from tvm_structured.schedules.cuda.few_rows import Few
 from tvm_structured.schedules.cuda.gemm import Gemm, Operand, Tile, pack_operand
-from tvm_structured.schedules.cuda.products import few_space, matrix, numpy_type, prefers_few, tiles
+from tvm_structured.schedules.cuda.products import MANY, few_space, matrix, numpy_type, prefers_few, tiles
 from tvm_structured.schedules.cuda.threads import multiple, scratch
 from tvm_structured.schedules.cuda.writer import RowWriter
 from tvm_structured.schedules.emit import arg, prim_func
@@ -38,7 +38,7 @@ class LowRankKernel(Kernel):
             {"way": "many", "thin": thin, "wide": wide}
             for thin, wide in longest(tiles(site, site.rows, rank), tiles(site, site.rows, out))
         ]
-        yield from [*few, *many] if prefers_few(site) else [*many, *few]
+        yield from [*few, *many] if prefers_few(site, 4 * MANY) else [*many, *few]
 
     def pack(self, structure: Structure, site: GpuSite, config: Config) -> dict[str, np.ndarray]:  # type: ignore[override]
         u, v = structure.factors["u"], structure.factors["v"]

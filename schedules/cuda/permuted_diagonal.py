@@ -11,7 +11,7 @@ from tvm_structured.schedules.base import Config, Kernel
 from tvm_structured.schedules.cuda import diagonal_few, diagonal_many
 from tvm_structured.schedules.cuda.few_rows import Few
 from tvm_structured.schedules.cuda.gemm import Tile
-from tvm_structured.schedules.cuda.products import can_join, few_space, prefers_few, tiles
+from tvm_structured.schedules.cuda.products import MANY, can_join, few_space, prefers_few, tiles
 from tvm_structured.schedules.cuda.threads import BYTES, VECTOR_BYTES
 from tvm_structured.schedules.cuda.writer import RowWriter
 from tvm_structured.schedules.diagonal_blocks import DiagonalBlocks
@@ -44,7 +44,7 @@ class PermutedDiagonalKernel(Kernel):
                 for joined in (False, True)
                 if not joined or can_join(site, Tile.of(t), blocks.p, 1)
             ]
-        yield from [*few, *many] if prefers_few(site) else [*many, *few]
+        yield from [*few, *many] if prefers_few(site, 2 * MANY) else [*many, *few]
 
     def pack(self, structure: Structure, site: GpuSite, config: Config) -> dict[str, np.ndarray]:  # type: ignore[override]
         blocks = DiagonalBlocks.of(structure)

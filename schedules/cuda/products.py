@@ -14,27 +14,36 @@ from tvm_structured.schedules.gpu import GpuSite
 
 # rows, columns, depth, warps along rows, along columns, tiles in flight
 SMALL = ((16, 64, 64, 1, 4, 4), (16, 128, 64, 1, 4, 4), (32, 64, 64, 1, 4, 4))
-LARGE = ((64, 64, 32, 2, 2, 4), (128, 64, 32, 2, 2, 4), (64, 128, 32, 2, 2, 4), (128, 128, 32, 2, 2, 4))
+LARGE = (
+    (64, 64, 32, 2, 2, 4),
+    (128, 64, 32, 2, 2, 4),
+    (128, 64, 32, 4, 2, 4),
+    (64, 128, 32, 2, 2, 4),
+    (64, 128, 64, 2, 4, 3),
+    (128, 128, 32, 2, 2, 4),
+    (128, 128, 32, 4, 2, 4),
+    (128, 128, 64, 4, 2, 3),
+)
 LARGE_FLOAT32 = ((64, 64, 16, 2, 2, 3), (128, 64, 16, 4, 2, 3), (128, 128, 16, 4, 2, 3))
 FEW_ROWS = 32
-MANY = 8  # rows from which tiles of 16 rows on tensor cores are used
+MANY = 8  # rows from which tiles on tensor cores were measured to win (block-circulant 16, 4096 x 4096, H200)
 
 MOST_SUMS = 64  # in a thread's registers
 ROOM = 8192  # partial sums of a block: 32 KB of shared memory
 
 
-def prefers_few(site: GpuSite) -> bool:
+def prefers_few(site: GpuSite, many: int = MANY) -> bool:
     """Whether the rows are too few for tiles; an unknown number counts as many."""
-    return isinstance(site.rows, int) and site.rows < MANY
+    return isinstance(site.rows, int) and site.rows < many
 
 
 def few_space(
     site: GpuSite, out_units: int, in_units: int, sums: int = 1, group: int | None = None
 ) -> Iterator[tuple[int, ...]]:
-    """Settings of `few_rows`, the default first: two blocks to a multiprocessor, all their threads busy."""
+    """Settings of `few_rows`, the default first: four blocks to a multiprocessor."""
     rows = site.rows if isinstance(site.rows, int) else 1
     together = next(r for r in (4, 2, 1) if r <= max(rows, 1) and (r == 1 or r * sums <= MOST_SUMS))
-    wanted = 2 * site.gpu.multiprocessors
+    wanted = 4 * site.gpu.multiprocessors
     useful = [threads for threads in (128, 64, 32) if threads <= max(in_units, 32)]
     for threads in (*useful, 256):
         for g in sorted((1, 2, 4, 8) if group is None else (group,), key=lambda g: abs(out_units / g - wanted)):
@@ -70,7 +79,7 @@ def tiles(site: GpuSite, rows: Extent, columns: int, planes: int = 1, batches: i
 def can_join(site: GpuSite, tile: Tile, batches: int, planes: int) -> bool:
     """Whether the batches of a tile can be made by a cluster: a power of two up to 8 that divides the tile's rows."""
     sums = planes * tile.rows * (tile.columns + 2) * 4
-    fits = tile.shared_bytes(site.dtype, planes) + sums <= site.gpu.dynamic_shared_memory
+    fits = max(tile.shared_bytes(site.dtype, planes), sums) <= site.gpu.dynamic_shared_memory
     divides = tile.rows % batches == 0 and tile.rows // batches * tile.columns % tile.threads == 0
     return site.gpu.capability >= 90 and batches in (2, 4, 8) and fits and divides
 

@@ -213,11 +213,6 @@ def call(name: str, *args: Any, source: str) -> None:
     I.evaluate(cuda_func_call(name, *args, source_code=source))
 
 
-def compute(dtype: str, name: str, *args: Any, source: str) -> Any:
-    """The value of a device function."""
-    return cuda_func_call(name, *args, source_code=source, return_type=dtype)
-
-
 def load_vector(buffer: Any, index: Sequence[Any], lanes: int) -> Any:
     *lead, last = index
     return buffer[(*lead, I.ramp(last, 1, lanes))]

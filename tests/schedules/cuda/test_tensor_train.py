@@ -28,7 +28,7 @@ SHAPES = [((4, 4, 4), (4, 4, 8), 3), ((5, 3), (7, 2), 4), ((6,), (9,), 1), ((2, 
 
 
 @pytest.mark.parametrize(("out_modes", "in_modes", "rank"), SHAPES)
-@pytest.mark.parametrize(("rows", "dtype"), [(1, "float32"), (3, "float16"), (18, "bfloat16"), (17, "float32")])
+@pytest.mark.parametrize(("rows", "dtype"), [(1, "float32"), (2, "float16"), (18, "bfloat16"), (17, "float32")])
 def test_equals_the_matrix(out_modes: Any, in_modes: Any, rank: int, rows: int, dtype: str) -> None:
     options = {"dtype": dtype, "epilogue": EVERYTHING, "allocate": guarded_buffer}
     check_on_cpu(member(out_modes, in_modes, rank), rows, **options)
