@@ -19,6 +19,7 @@ from tvm_structured.nn import Structured, convert, fine_tune, recover
 EPOCHS, QUICK_EPOCHS = 20, 2
 BATCH = 64
 LEARNING_RATE = 1.2e-2
+TEACHER_RATE = 4e-3  # beyond, weights grow several times over, and what is projected from them trains badly
 CALIBRATION = 512  # unlabelled training images for `recover`
 REACH = 2  # pixels by which training images are shifted
 
@@ -121,16 +122,15 @@ def dense_network(form: Form, seed: int) -> LeNet:
 
 def train(model: nn.Module, digits: demo.Digits, seed: int, epochs: int, path: Path, **how: Any) -> float:
     """Train (or read what an earlier run trained) and return the accuracy on the test part."""
-    fine_tune(
-        model, Shifted(digits, seed), epochs=epochs, lr=LEARNING_RATE, checkpoint=path, seed=seed, progress=False, **how
-    )
+    settings = {"lr": LEARNING_RATE, "epochs": epochs, "seed": seed, "checkpoint": path, "progress": False, **how}
+    fine_tune(model, Shifted(digits, seed), **settings)
     return demo.accuracy(model, digits)
 
 
 def teacher_of(seed: int, epochs: int, folder: Path, digits: demo.Digits) -> LeNet:
     """The dense network of a seed, trained."""
     network = dense_network(FORMS["dense"], seed)
-    train(network, digits, seed, epochs, checkpoint("dense", seed, folder))
+    train(network, digits, seed, epochs, checkpoint("dense", seed, folder), lr=TEACHER_RATE)
     return network
 
 
@@ -139,6 +139,9 @@ def fine_tuned(
 ) -> tuple[nn.Module, dict[str, float]]:
     """A form's network projected, recovered and fine-tuned; accuracies on the way."""
     form, path = FORMS[name], checkpoint(name, seed, folder)
+    if name == "dense":
+        teacher = teacher_of(seed, epochs, folder, digits)
+        return teacher, {"scratch": demo.accuracy(teacher, digits)}
     if form.layers is None:
         network: nn.Module = dense_network(form, seed)
         return network, {"scratch": train(network, digits, seed, epochs, path)}
@@ -157,6 +160,8 @@ def read_trained(name: str, seed: int, epochs: int, folder: Path, digits: demo.D
     form, path = FORMS[name], checkpoint(name, seed, folder)
     if not path.exists():
         raise FileNotFoundError(f"{path}: train {name!r} with seed {seed} first, with the same --json")
+    if name == "dense":
+        return teacher_of(seed, epochs, folder, digits)
     network: nn.Module = dense_network(form, seed)
     if form.layers is not None:
         network = convert(teacher_of(seed, epochs, folder, digits), form.layers)
