@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from tqdm import tqdm
 
 from tvm_structured.demo.data import Digits
-
-BATCH = 64
+from tvm_structured.nn import fine_tune
 
 
 @dataclass(frozen=True)
@@ -29,30 +25,11 @@ def train(model: nn.Module, digits: Digits, epochs: int = 8, seed: int = 0, prog
 
     `seed` orders the batches; it leaves torch's own generator alone. `progress` draws a bar on standard error.
     """
-    images, labels = torch.from_numpy(digits.train_images), torch.from_numpy(digits.train_labels)
-    generator = torch.Generator().manual_seed(seed)
-    steps = -(-len(labels) // BATCH)
-    optimizer = torch.optim.Adam(model.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=epochs * steps)
-    start = time.perf_counter()
-    losses = []
-    model.train()
-    with tqdm(total=epochs * steps, desc="training", unit="batch", disable=not progress) as bar:
-        for _ in range(epochs):
-            total = 0.0
-            for chosen in torch.randperm(len(labels), generator=generator).split(BATCH):
-                loss = F.cross_entropy(model(images[chosen]), labels[chosen])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                total += loss.item() * len(chosen)
-                bar.update()
-            losses.append(total / len(labels))
-            bar.set_postfix(loss=f"{losses[-1]:.4f}")
-    model.eval()
-    seconds = time.perf_counter() - start
-    return Training(tuple(losses), accuracy(model, digits), seconds)
+    data = torch.from_numpy(digits.train_images), torch.from_numpy(digits.train_labels)
+    made = fine_tune(
+        model, data, epochs=epochs, lr=3e-3, optimizer=torch.optim.Adam, clip=None, seed=seed, progress=progress
+    )
+    return Training(made.losses, accuracy(model, digits), made.seconds)
 
 
 def accuracy(model: nn.Module, digits: Digits) -> float:
