@@ -1,8 +1,8 @@
 """structured.*(x, factors, ...)  -->  call_tir(CUDA kernel, ...), or plain loops for TVM's own GPU schedules
 
-What has no kernel in `schedules.cuda` is computed with its dense matrix: as one function of loops (patches, product,
-epilogue), which TVM's rules turn into a tiled product on tensor cores. x, y and residuals keep the model's type;
-scale, bias and sums are float32.
+What has no kernel in `schedules.cuda`, and a dense layer of many rows, is computed with its dense matrix: as one function
+of loops (patches, product, epilogue), which TVM's rules turn into a tiled product on tensor cores. x, y and residuals
+keep the model's type; scale, bias and sums are float32.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from tvm_structured.errors import KernelNotFoundError
 from tvm_structured.relay_passes.lower_structured import bindable, flatten, product
 from tvm_structured.schedules.base import Epilogue
 from tvm_structured.schedules.cuda import CUDA_KERNELS
+from tvm_structured.schedules.cuda.dense import MOST_ROWS
 from tvm_structured.schedules.cuda.epilogue import finished
 from tvm_structured.schedules.cuda.functions import numpy_type
 from tvm_structured.schedules.gpu import Gpu, GpuSite
@@ -28,11 +29,15 @@ Configure = Callable[[Any, Structure, Any], Any]
 
 def lower_on_gpu(builder: Any, call: Any, y_shape: Any, gpu: Gpu, configure: Configure) -> Any:
     """The legalisation of one structured operator for a GPU."""
+    from tvm_structured.dialect import static_shape
+
     call = with_float32_operands(call)
     if call.op not in CUDA_KERNELS:
         call = as_dense(call)
     has_kernel = call.op in CUDA_KERNELS
     if call.conv is None:
+        rows = product(static_shape(call.x)[:-1])
+        has_kernel = has_kernel and not (call.op == "dense" and isinstance(rows, int) and rows > MOST_ROWS)
         return lower_rows(builder, call, y_shape, emit_kernel if has_kernel else emit_product, gpu, configure)
     if not has_kernel:
         return emit_convolution(builder, call, gpu)

@@ -16,11 +16,11 @@ from tvm_structured.nn import StructuredLinear
 
 pytestmark = pytest.mark.gpu
 
-FORMS = [
+FORMS: list[tuple[str, dict[str, Any]]] = [
     ("low_rank", {"rank": 16}),
     ("block_circulant", {"block": 8}),
     ("permuted_diagonal", {"block": 4}),
-    ("tensor_train", {"rank": 4}),
+    ("tensor_train", {"out_modes": (8, 6, 4), "in_modes": (8, 8, 4), "rank": 4}),
 ]
 
 
@@ -29,7 +29,7 @@ def expected_of(model: Any, x: torch.Tensor) -> torch.Tensor:
         return model.double()(x.double().cpu())
 
 
-def layer(structure: str, size: dict[str, int]) -> Any:
+def layer(structure: str, size: dict[str, Any]) -> Any:
     torch.manual_seed(0)
     return StructuredLinear(256, 192, structure=structure, **size).eval()
 
@@ -49,7 +49,7 @@ def test_a_network_runs_on_the_gpu(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("rows", [1, 3, 40])
 @pytest.mark.parametrize(("structure", "size"), FORMS, ids=[name for name, _ in FORMS])
-def test_every_structure_gives_its_result(structure: str, size: dict[str, int], rows: int, dtype: torch.dtype) -> None:
+def test_every_structure_gives_its_result(structure: str, size: dict[str, Any], rows: int, dtype: torch.dtype) -> None:
     model, x = layer(structure, size).to(dtype), torch.randn(rows, 256).to(dtype)
     compiled = ts.compile(model, inputs=(x,), target="cuda")
     assert relative(compiled(x.cuda()).cpu(), expected_of(model, x)) < TOLERANCE[dtype]

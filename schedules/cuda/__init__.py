@@ -18,6 +18,7 @@ from __future__ import annotations
 from tvm_structured.schedules.base import Kernel
 from tvm_structured.schedules.cuda.block_circulant import BlockCirculantKernel
 from tvm_structured.schedules.cuda.debut import DeButKernel
+from tvm_structured.schedules.cuda.dense import DenseKernel
 from tvm_structured.schedules.cuda.low_rank import LowRankKernel
 from tvm_structured.schedules.cuda.permuted_diagonal import PermutedDiagonalKernel
 from tvm_structured.schedules.cuda.tensor_train import TensorTrainKernel
@@ -28,6 +29,7 @@ CUDA_KERNELS: dict[str, Kernel] = {
     for kernel in (
         BlockCirculantKernel(),
         DeButKernel(),
+        DenseKernel(),
         LowRankKernel(),
         PermutedDiagonalKernel(),
         TensorTrainKernel(),
