@@ -207,6 +207,47 @@ def test_what_is_no_dense_layer_is_left_alone(how):
     assert any("irfft" in target for target in targets) and not any("linear" in target for target in targets)
 
 
+def test_a_buffer_that_the_model_writes_is_no_constant():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("state", torch.ones(6, 6))
+
+        def forward(self, x):
+            self.state.add_(1.0)
+            return F.linear(x, torch.roll(self.state, 1))
+
+    program = torch.export.export(Counting(), (torch.randn(4, 6),))
+    assert any("roll" in str(node.target) for node in simplify(program).graph.nodes)
+
+
+def test_a_convolution_with_circulant_taps_is_found():
+    class CircConv(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.c = nn.Parameter(torch.randn(2, 3, 3, 3, 4))
+            self.register_buffer("table", (torch.arange(4)[:, None] - torch.arange(4)) % 4)
+
+        def forward(self, x):
+            weight = self.c[..., self.table].permute(0, 4, 1, 5, 2, 3).reshape(8, 12, 3, 3)
+            return F.relu(F.conv2d(x, weight, padding=1))
+
+    torch.manual_seed(0)
+    model, x = CircConv().eval(), torch.randn(2, 12, 6, 5)
+    member = ts.STRUCTURES["block_circulant"].detect(layers_of(model, x)["c"])
+    assert member is not None and (member.block, member.taps) == (4, 9)
+    compiled = ts.compile(model, (x,), target="host", measure=False)
+    torch.testing.assert_close(compiled(x), model(x).detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_weight_norm_is_a_plain_weight():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(12, 8)), nn.ReLU()).eval()
+    x = torch.randn(3, 12)
+    compiled = ts.compile(model, (x,), target="host", measure=False)
+    torch.testing.assert_close(compiled(x), model(x).detach(), rtol=1e-5, atol=1e-5)
+    assert len(compiled.plan.choices) == 1
+
+
 def test_random_numbers_are_not_frozen():
     class Noisy(nn.Module):
         def __init__(self):

@@ -57,6 +57,8 @@ class Regions:
         stored = {**program.constants, **program.state_dict}
         names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         names |= dict(signature.inputs_to_lifted_tensor_constants)
+        written = set(signature.buffers_to_mutate.values())  # these hold other values in the next call
+        names = {node: name for node, name in names.items() if name not in written}
         self.names: dict[fx.Node, str] = {}
         self.known: dict[fx.Node, Any] = {}
         self.dependent: set[fx.Node] = set()
