@@ -48,21 +48,21 @@ def convert(model: nn.Module, choices: Any, *, calibration: Any = None, inplace:
     if not inplace:
         model = copy.deepcopy(model)
     layers = convertible_layers(model)
+    if isinstance(choices, os.PathLike) or (isinstance(choices, str) and choices.endswith(".json")):
+        choices = Plan.load(choices)
+    choices = getattr(choices, "choices", choices)
     wanted = requests(choices, layers)
-    moments = {}
-    if calibration is not None:
-        paths = {name: name.removesuffix("weight").removesuffix(".") for name in wanted}
-        moments = input_moments(model, calibration, paths.values())
+    paths = {name: name.removesuffix("weight").removesuffix(".") for name in wanted}
+    moments = {} if calibration is None else input_moments(model, calibration, paths.values())
     chosen: dict[int, nn.Module] = {}
     for name in track(wanted, "projecting"):
         layer = as_layer(layer_of(name, layers[name]))
         member = choose(layer, wanted[name])
-        seen = moments.get(name.removesuffix("weight").removesuffix("."))
-        if member is not None and seen is not None and not isinstance(wanted[name], Structure):
-            member = refitted(member, layer, seen)
+        if member is not None and paths[name] in moments and not isinstance(wanted[name], Structure):
+            member = refitted(member, layer, moments[paths[name]])
         if member is not None and member.name in STRUCTURES:
             chosen[id(layers[name])] = structured_twin(layers[name], member)
-    if not chosen and not isinstance(getattr(choices, "choices", choices), Mapping):
+    if not chosen and not isinstance(choices, Mapping):
         raise BudgetError(f"no layer of {type(model).__name__} has a structure within {choices}; allow more")
     return replace_modules(model, chosen)
 
@@ -92,9 +92,6 @@ def is_plain(module: nn.Module) -> bool:
 
 def requests(choices: Any, layers: Mapping[str, nn.Module]) -> dict[str, Any]:
     """Layer name -> what is wanted for it."""
-    if isinstance(choices, os.PathLike) or (isinstance(choices, str) and choices.endswith(".json")):
-        choices = Plan.load(choices)
-    choices = getattr(choices, "choices", choices)
     if not layers:
         raise ModelError("the model has no nn.Linear or nn.Conv2d layer that can be converted")
     if not isinstance(choices, Mapping):
