@@ -13,6 +13,7 @@ from typing import Any
 import bench_convs
 import bench_layers
 import bench_models
+import bench_tuning
 import click
 from measuring import Timing, milliseconds
 
@@ -38,6 +39,8 @@ def tables(rows: list[dict[str, Any]]) -> list[tuple[Sequence[str], list[Sequenc
         ]
         ratios = [bench_models.ratios(row) for row in rows]
         return [(["milliseconds", *bench_models.COLUMNS], times), (bench_models.RATIOS, ratios)]
+    if "tuned_layer" in rows[0]:
+        return [(bench_tuning.HEADINGS, [bench_tuning.cells(row) for row in rows])]
     bench = bench_convs if "algorithm" in rows[0] else bench_layers
     return [(bench.HEADINGS, [bench.cells(row) for row in rows])]
 

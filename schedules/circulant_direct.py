@@ -17,6 +17,7 @@ from tvm_structured.schedules.cpu import Cpu
 from tvm_structured.schedules.emit import Emitter, ceildiv, parallel, row_blocks, serial
 from tvm_structured.schedules.epilogue import RowWriter
 from tvm_structured.schedules.gemm import multiply_block
+from tvm_structured.schedules.space import around, block_rows, fits_registers
 from tvm_structured.structures.block_circulant import BlockCirculant
 from tvm_structured.structures.circulant_pattern import Blocks
 
@@ -34,8 +35,18 @@ def configs(structure: BlockCirculant, rows: Extent, cpu: Cpu) -> list[Config]:
     """Register blocks: many vectors for a single row, else mr x nr."""
     vectors = -(-structure.block // cpu.lanes)
     if isinstance(rows, int) and rows < 4:
-        return [{"mode": "direct", "mr": rows, "nr": min(vectors, (8 if cpu.registers >= 32 else 4) // rows)}]
-    return [{"mode": "direct", "mr": 8 if cpu.registers >= 32 else 4, "nr": min(vectors, 2)}]
+        mr, nr = rows, min(vectors, (8 if cpu.registers >= 32 else 4) // max(1, rows))
+    else:
+        mr, nr = 8 if cpu.registers >= 32 else 4, min(vectors, 2)
+    is_small = isinstance(rows, int) and rows * effort(structure.blocks, cpu.lanes) < SERIAL_EFFORT
+    default = {"mode": "direct", "mr": mr, "nr": nr, "threads": 1 if is_small else cpu.cores, "chunk": ROWS_PER_UNIT}
+    axes = {
+        "mr": block_rows(rows, 12 if cpu.registers >= 32 else 6),
+        "nr": [nr for nr in (1, 2, 3, 4, 6, 8) if nr <= vectors],
+        "threads": (1, cpu.cores),
+        "chunk": (32, 128, 512) if not isinstance(rows, int) or rows > 32 else (ROWS_PER_UNIT,),
+    }
+    return list(around(default, axes, fits_registers(cpu)))
 
 
 def pack(structure: BlockCirculant, cpu: Cpu, config: Config) -> dict[str, np.ndarray]:
@@ -61,12 +72,12 @@ class Direct:
         p, _, n = self.blocks.factor_shape
         self.panel = self.config["nr"] * self.e.lanes
         panels = -(-n // self.panel)
-        chunks = ceildiv(self.rows, ROWS_PER_UNIT)
-        is_small = isinstance(self.rows, int) and self.rows * effort(self.blocks, self.e.lanes) < SERIAL_EFFORT
-        with (serial if is_small else parallel)(0, chunks * (p * panels)) as unit:
-            first = unit // (p * panels) * ROWS_PER_UNIT
+        most = self.config["chunk"]
+        chunks = ceildiv(self.rows, most)
+        with (parallel if self.config["threads"] > 1 else serial)(0, chunks * (p * panels)) as unit:
+            first = unit // (p * panels) * most
             place = unit % (p * panels)
-            count = self.rows if isinstance(chunks, int) and chunks == 1 else tirx.min(ROWS_PER_UNIT, self.rows - first)
+            count = self.rows if isinstance(chunks, int) and chunks == 1 else tirx.min(most, self.rows - first)
             row_blocks(
                 count, self.config["mr"], lambda row, r: self.block(place // panels, place % panels, row, r), first
             )

@@ -23,10 +23,12 @@ from tvm_structured.schedules.cpu import Cpu
 from tvm_structured.schedules.emit import Emitter, ceildiv, parallel, row_blocks, scratch, serial
 from tvm_structured.schedules.epilogue import RowWriter
 from tvm_structured.schedules.gemm import branch, multiply_block
+from tvm_structured.schedules.space import around, fits_registers
 from tvm_structured.structures.block_circulant import BlockCirculant
 from tvm_structured.structures.circulant_pattern import Blocks
 
 STRIDE_PADDING = 80  # floats between components: a power-of-two stride would map them all to the same cache sets
+LEAST_SUMS = 6  # in registers: with fewer the multiply-adds wait for each other
 CHUNK_BYTES = 2 << 20  # of both spectra: what two threads keep in L2
 SERIAL_EFFORT = 60_000  # vector operations (about 10 us) below which three parallel regions cost more than they bring
 
@@ -44,7 +46,17 @@ def configs(structure: BlockCirculant, rows: Extent, cpu: Cpu) -> list[Config]:
     def time(option: tuple[int, int]) -> float:
         return -(-vectors // option[1]) * option[1] * options[option]
 
-    return [{"mode": "many", "mr": mr, "nr": nr, "prefetch": 64} for mr, nr in sorted(options, key=time)]
+    mr, nr = min(options, key=time)
+    default = {"mode": "many", "mr": mr, "nr": nr, "prefetch": 64, "chunk": CHUNK_BYTES}
+    axes = {
+        "mr": range(1, 15 if cpu.registers >= 32 else 7),
+        "nr": [count for count in (1, 2, 3, 4) if count <= max(vectors, nr)],
+        "prefetch": (0, 16, 32, 128),
+        "chunk": (CHUNK_BYTES // 2, 2 * CHUNK_BYTES),
+    }
+    likely = [{**default, "mr": mr, "nr": nr} for mr, nr in sorted(options, key=time)]
+    rest = around(default, axes, fits_registers(cpu))
+    return [*likely, *(config for config in rest if config not in likely and config["mr"] * config["nr"] >= LEAST_SUMS)]
 
 
 def effort(blocks: Blocks, lanes: int) -> float:
@@ -109,7 +121,7 @@ class ManyRows:
     def emit(self) -> None:
         """Many rows: each thread takes pieces of its own through all stages. Fewer: all threads share each stage."""
         cores, is_static = self.e.cpu.cores, isinstance(self.rows, int)
-        piece = self.piece_rows(CHUNK_BYTES // 2, 64 if not is_static else 256)
+        piece = self.piece_rows(self.config["chunk"] // 2, 64 if not is_static else 256)
         enough = self.rows >= cores * (piece if not is_static else 4 * self.config["mr"])
         if is_static and (cores == 1 or self.rows * effort(self.blocks, self.e.lanes) < SERIAL_EFFORT):
             self.pieces(serial, serial, self.balanced(piece, 1))
@@ -117,7 +129,7 @@ class ManyRows:
             branch(
                 enough,
                 lambda: self.pieces(parallel, serial, self.balanced(piece, cores)),
-                lambda: self.pieces(serial, parallel, self.balanced(self.piece_rows(CHUNK_BYTES, 256), 1)),
+                lambda: self.pieces(serial, parallel, self.balanced(self.piece_rows(self.config["chunk"], 256), 1)),
             )
 
     def piece_rows(self, cache: int, most: int) -> int:

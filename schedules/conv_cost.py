@@ -24,7 +24,7 @@ FAR_LOAD = 4.0, 5.0  # cycles for a vector from level 2, and from beyond
 FAR_WEIGHTS = {"channels": 24, "pixels": 5}  # bytes to a cycle from beyond level 2: vectors ahead of time, or scalars
 CACHE = 384 * 1024  # bytes of level 2 that a strip may fill
 UNIT_START = 500  # cycles to start a piece of work
-KEPT = 48  # configurations that are offered for tuning
+KEPT = 128  # configurations that are offered for tuning
 
 
 def ranked_configs(shape: ImageShape, cpu: Cpu, forms: Sequence[str]) -> Iterator[Config]:

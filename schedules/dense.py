@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from tvm_structured.schedules.gemm import (
     pack_panels,
     register_block,
 )
+from tvm_structured.schedules.space import around, block_rows, fits_registers
 from tvm_structured.structures.base import Structure
 
 FLOPS_WORTH_A_THREAD = 400_000  # starting the other threads takes as long as so many operations on one
@@ -36,13 +37,10 @@ class DenseKernel(Kernel):
 
     def configs(self, structure: Structure, site: Site) -> Iterator[Config]:
         is_tiny = isinstance(site.rows, int) and structure.flops(site.rows) < FLOPS_WORTH_A_THREAD
-        threads = {"threads": 1 if is_tiny else site.cpu.cores}
-        default = gemm_config(site.cpu, site.rows, *structure.shape)
-        yield {**default, **threads}
-        yield {**default, **threads, "prefetch": 1 - default["prefetch"]}
-        yield {**default, **threads, "kc": 4 * default["kc"]}
-        if site.cpu.registers >= 32:
-            yield {**default, **threads, "mr": min(6, default["mr"]), "nr": 4, "kc": PIECES[4]}
+        threads = 1 if is_tiny else site.cpu.cores
+        default = {**gemm_config(site.cpu, site.rows, *structure.shape), "threads": threads, "chunk": MOST_ROWS}
+        axes = {**gemm_axes(site.cpu, site.rows, *structure.shape), "threads": (1, site.cpu.cores)}
+        yield from around(default, axes, fits_registers(site.cpu))
 
     def pack(self, structure: Structure, site: Site, config: Config) -> dict[str, np.ndarray]:
         return {"weight": pack_panels(structure.dense(), config["nr"] * site.cpu.lanes)}
@@ -68,11 +66,26 @@ def gemm_config(cpu: Cpu, rows: Extent, out: int, inner: int) -> dict[str, int]:
     return {"mr": mr, "nr": nr, "kc": inner if is_single else PIECES[nr], "prefetch": int(far)}
 
 
-def row_chunks(rows: Extent, panels: int, mr: int, cores: int) -> tuple[Extent, Extent]:
+def gemm_axes(cpu: Cpu, rows: Extent, out: int, inner: int) -> dict[str, Sequence[int]]:
+    """What may be varied of `gemm_config`, and the most rows of a chunk."""
+    vectors = -(-out // cpu.lanes)
+    pieces = [kc for kc in (128, 256, 512, 1024, 2048) if kc < inner]
+    axes: dict[str, Sequence[int]] = {
+        "mr": block_rows(rows, 14 if cpu.registers >= 32 else 6),
+        "nr": [nr for nr in (1, 2, 3, 4, 6, 8) if nr <= vectors],
+        "kc": [inner, *reversed(pieces)],
+        "prefetch": (0, 1),
+    }
+    if not isinstance(rows, int) or rows > 64:
+        axes["chunk"] = (64, 128, 256, 512)
+    return axes
+
+
+def row_chunks(rows: Extent, panels: int, mr: int, cores: int, most: int = MOST_ROWS) -> tuple[Extent, Extent]:
     """(how many chunks of rows, rows in one): nearly equal, more of them where there are few panels."""
     if not isinstance(rows, int):
-        return ceildiv(rows, MOST_ROWS), MOST_ROWS
-    wanted = max(-(-rows // MOST_ROWS), min(-(-rows // (4 * mr)), cores) if panels < cores else 1)
+        return ceildiv(rows, most), most
+    wanted = max(-(-rows // most), min(-(-rows // (4 * mr)), cores) if panels < cores else 1)
     size = ceildiv(ceildiv(rows, max(1, wanted)), mr) * mr
     return (1, rows) if size >= rows else (-(-rows // size), size)
 
@@ -83,7 +96,7 @@ def gemm(e: Emitter, x: Any, weight: Any, writer: RowWriter, rows: Extent, inner
     width = nr * e.lanes
     panels = -(-writer.out // width)
     masked = writer.out % width != 0
-    chunks, size = row_chunks(rows, panels, mr, e.cpu.cores)
+    chunks, size = row_chunks(rows, panels, mr, e.cpu.cores, config.get("chunk", MOST_ROWS))
     loop = parallel if config.get("threads", 2) > 1 else serial
 
     def column_block(panel: Any, first_row: Any, count: Extent) -> None:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from tvm_structured.schedules.base import Config, Site
 from tvm_structured.schedules.conv_chain import ConvChainKernel
-from tvm_structured.schedules.dense import gemm, gemm_config
+from tvm_structured.schedules.dense import MOST_ROWS, gemm, gemm_axes, gemm_config
 from tvm_structured.schedules.emit import Emitter, arg, prim_func, scratch
 from tvm_structured.schedules.epilogue import RowWriter
 from tvm_structured.schedules.gemm import pack_panels
+from tvm_structured.schedules.space import around, fits_registers
 from tvm_structured.structures.base import Structure
 from tvm_structured.structures.conv_chain import Step
 
 # starting the other threads twice takes as long as this many operations on one
 FEW_OPERATIONS = 2_000_000
+VARIANTS = 24  # of each product, in all pairs
 
 
 class LowRankKernel(ConvChainKernel):
@@ -31,13 +34,16 @@ class LowRankKernel(ConvChainKernel):
             return
         rank, (out, inner) = structure.factors["v"].shape[0], structure.shape
         is_tiny = isinstance(site.rows, int) and structure.flops(site.rows) < FEW_OPERATIONS
-        thin = gemm_config(site.cpu, site.rows, rank, inner)
-        wide = gemm_config(site.cpu, site.rows, out, rank)
+        thin = {**gemm_config(site.cpu, site.rows, rank, inner), "chunk": MOST_ROWS}
+        wide = {**gemm_config(site.cpu, site.rows, out, rank), "chunk": MOST_ROWS}
         threads = 1 if is_tiny else site.cpu.cores
-        yield {"thin": thin, "wide": wide, "threads": threads}
-        yield {"thin": {**thin, "nr": 1, "kc": inner}, "wide": wide, "threads": threads}
-        yield {"thin": {**thin, "kc": inner}, "wide": {**wide, "kc": rank}, "threads": threads}
-        yield {"thin": {**thin, "prefetch": 1 - thin["prefetch"]}, "wide": wide, "threads": threads}
+        fits = fits_registers(site.cpu)
+        variants = {
+            "thin": list(islice(around(thin, gemm_axes(site.cpu, site.rows, rank, inner), fits), VARIANTS)),
+            "wide": list(islice(around(wide, gemm_axes(site.cpu, site.rows, out, rank), fits), VARIANTS)),
+            "threads": (1, site.cpu.cores),
+        }
+        yield from around({"thin": thin, "wide": wide, "threads": threads}, variants)
 
     def pack(self, structure: Structure, site: Site, config: Config) -> dict[str, np.ndarray]:
         if site.conv is not None:

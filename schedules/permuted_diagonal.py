@@ -26,7 +26,7 @@ from tvm_structured.schedules.permuted_diagonal_slices import emit_slices, pack_
 from tvm_structured.schedules.shuffles import interleave
 from tvm_structured.structures.base import Structure
 
-UNITS = (32, 64)  # about so many rows of x stay in L2 beside the diagonals of a group of block rows
+UNITS = (32, 64, 16, 128)  # about so many rows of x stay in L2 beside the diagonals of a group of block rows
 
 
 class PermutedDiagonalKernel(Kernel):

@@ -23,6 +23,7 @@ from tvm_structured.schedules.emit import Emitter, ceildiv, parallel, row_blocks
 from tvm_structured.schedules.epilogue import RowWriter
 from tvm_structured.schedules.gemm import multiply_block, pack_panels, register_block
 from tvm_structured.schedules.shuffles import deinterleave, interleave, rotate
+from tvm_structured.schedules.space import around, block_rows, fits_registers
 
 MAX_GEMM_BLOCK = 16  # the rotations are straight-line code over p vectors
 ROWS_PER_UNIT = 128  # rows of Y that one thread keeps in L2 until all p products of a panel are done
@@ -31,9 +32,14 @@ PAD = 16  # keeps rows of X_s from falling onto the same cache sets
 
 def gemm_space(blocks: DiagonalBlocks, site: Site) -> Iterator[Config]:
     mr, nr = register_block(site.cpu, site.rows, blocks.rows)
-    yield {"way": "gemm", "mr": mr, "nr": nr}
-    if nr > 1:
-        yield {"way": "gemm", "mr": mr, "nr": nr // 2}
+    default = {"way": "gemm", "mr": mr, "nr": nr, "chunk": ROWS_PER_UNIT}
+    vectors = -(-blocks.rows // site.cpu.lanes)
+    axes = {
+        "mr": block_rows(site.rows, 14 if site.cpu.registers >= 32 else 6),
+        "nr": [count for count in (nr // 2 or 1, 1, 2, 3, 4, 6) if count <= vectors],
+        "chunk": (32, 64, 256) if not isinstance(site.rows, int) or site.rows > 32 else (ROWS_PER_UNIT,),
+    }
+    yield from around(default, axes, fits_registers(site.cpu))
 
 
 def pack_gemm(blocks: DiagonalBlocks, lanes: int, config: Config) -> dict[str, np.ndarray]:
@@ -119,7 +125,8 @@ def multiply_and_gather(
     weights, shifts = constants["weights"], constants["row_shifts"]
     panels, width = -(-blocks.rows // (nr * lanes)), nr * lanes
     masked = blocks.out % (p * width) != 0
-    held = rows if isinstance(rows, int) and rows < ROWS_PER_UNIT else ROWS_PER_UNIT
+    most = config["chunk"]
+    held = rows if isinstance(rows, int) and rows < most else most
 
     def gather(ys: Any, panel: Any, first_row: Any, count: Extent) -> None:
         for v in range(nr):
@@ -130,9 +137,9 @@ def multiply_and_gather(
                     feature = (panel * width + v * lanes) * p + n * lanes
                     writer.store(value, first_row + row, feature, masked)
 
-    with parallel(0, panels * ceildiv(rows, ROWS_PER_UNIT)) as unit:
-        panel, first_row = unit % panels, unit // panels * ROWS_PER_UNIT
-        count = rows if held is rows else tirx.min(ROWS_PER_UNIT, rows - first_row)
+    with parallel(0, panels * ceildiv(rows, most)) as unit:
+        panel, first_row = unit % panels, unit // panels * most
+        count = rows if held is rows else tirx.min(most, rows - first_row)
         ys = scratch((held, p, nr), e.dtype)
         with serial(0, p) as s:
 

@@ -17,6 +17,7 @@ from tvm_structured.schedules.base import Config, Extent, Site
 from tvm_structured.schedules.diagonal_blocks import DiagonalBlocks
 from tvm_structured.schedules.emit import Emitter, ceildiv, parallel, row_blocks, scratch, serial
 from tvm_structured.schedules.epilogue import RowWriter
+from tvm_structured.schedules.space import around
 
 ROWS_PER_UNIT = 32  # rows of doubled x that stay in L2
 
@@ -26,12 +27,15 @@ def slices_space(blocks: DiagonalBlocks, site: Site) -> Iterator[Config]:
     vectors = -(-blocks.p // site.cpu.lanes)
     room = site.cpu.registers // 2
     most = site.rows if isinstance(site.rows, int) else 8
-    seen = set()
-    for limit in (room // 4, room // 8, room):
-        wide = -(-vectors // -(-vectors // limit))  # strips of equal width
-        if wide not in seen:
-            seen.add(wide)
-            yield {"way": "slices", "vectors": wide, "rows": max(1, min(most, room // wide, 8))}
+    widths = [-(-vectors // -(-vectors // limit)) for limit in (room // 4, room // 8, room)]  # strips of equal width
+    default = {"way": "slices", "vectors": widths[0], "rows": max(1, min(most, room // widths[0], 8))}
+    default |= {"chunk": ROWS_PER_UNIT}
+    axes = {
+        "vectors": widths,
+        "rows": range(1, max(1, min(most, 16)) + 1),
+        "chunk": (8, 16, 64, 128) if not isinstance(site.rows, int) or site.rows > 8 else (ROWS_PER_UNIT,),
+    }
+    yield from around(default, axes, lambda config: config["vectors"] * (config["rows"] + 1) < site.cpu.registers)
 
 
 def pack_slices(blocks: DiagonalBlocks, lanes: int, config: Config) -> dict[str, np.ndarray]:
@@ -77,9 +81,10 @@ def emit_slices(
                 writer.store(acc[r][v][0], row + r, i * p + (first_vector + v) * lanes, limit=end)
 
     units = blocks.rows * strips
-    with parallel(0, units * ceildiv(rows, ROWS_PER_UNIT)) as unit:
-        first = unit // units * ROWS_PER_UNIT
-        count = rows if isinstance(rows, int) and rows <= ROWS_PER_UNIT else tirx.min(ROWS_PER_UNIT, rows - first)
+    most = config["chunk"]
+    with parallel(0, units * ceildiv(rows, most)) as unit:
+        first = unit // units * most
+        count = rows if isinstance(rows, int) and rows <= most else tirx.min(most, rows - first)
         i, strip_number = unit % units // strips, unit % strips
         row_blocks(count, config["rows"], lambda row, n: strip(i, strip_number * wide, row, n), first)
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 from tvm_structured.schedules.cpu import Cpu
 from tvm_structured.structures.tt_order import Stage, first_core_first, last_core_first
 
-PLANS = 8  # how many plans are weighed for each direction, and offered to the tuner in all
+PLANS = 8  # how many partitions are weighed for each direction
+OFFERED = 64  # plans that are offered for tuning
 LARGEST_MERGED = 1 << 20  # numbers in one merged core: it has to stay in the level-2 cache
 INTERLEAVED = 8  # up to so many trailing indices are interleaved in registers
 BLOCK_OVERHEAD = 12  # cycles to set up, store and leave one register block
@@ -94,7 +95,7 @@ def plans(train: MergedTrain, cpu: Cpu, rows: int | None) -> Iterator[TrainPlan]
                     plan = TrainPlan(direction, cuts, chunk, threads)
                     found.append((cycles(merged, plan, cpu, ASSUMED_ROWS if rows is None else rows), plan))
     found.sort(key=lambda entry: entry[0])
-    yield from (plan for _, plan in found[:PLANS])
+    yield from (plan for _, plan in found[:OFFERED])
 
 
 def cheapest_cuts(train: MergedTrain, is_last_core_first: bool, lanes: int) -> list[tuple[int, ...]]:

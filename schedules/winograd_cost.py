@@ -21,7 +21,7 @@ GROUP_BYTES = 32 * 1024 * 1024  # of transformed images that are staged at once
 MOST_IMAGES = 8
 REGION = 8000  # cycles to start and join a parallel region
 RECTANGLE_TILES = 32
-KEPT = 64  # configurations that are offered for tuning
+KEPT = 128  # configurations that are offered for tuning
 
 
 def ranked_configs(shape: ImageShape, tile: int, cpu: Cpu) -> Iterator[Config]:
