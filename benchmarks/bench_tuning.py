@@ -31,10 +31,10 @@ from tvm_structured.roofline import roofline
 from tvm_structured.schedules import KERNELS, ConvGeometry, Cpu, Epilogue, Site
 from tvm_structured.structures import Structure, Unstructured
 from tvm_structured.targets import resolve_target, use_all_cores
-from tvm_structured.tuning.schedule_search import lean_intrinsics, plain
+from tvm_structured.tuning.schedule_search import lean_intrinsics
 from tvm_structured.tuning.schedule_tasks import ScheduleTask
 from tvm_structured.tuning.session import Progress, Session, WeightedTask
-from tvm_structured.tuning.tasks import KernelTask
+from tvm_structured.tuning.tasks import KernelTask, plain
 from tvm_structured.tuning.workers import LocalMeasurer
 
 CAREFUL = 25  # rounds of the measurement that the rankings are compared with

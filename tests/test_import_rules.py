@@ -44,8 +44,8 @@ ALLOWED = {
     "cost_store": {"line_store"},
     "detection_store": {"guard", "line_store", "structures"},
     "tuning": {
-        "compiler", "cost_store", "costs", "detection_store", "errors", "files", "frontend", "guard", "planning",
-        "relay_passes", "schedules", "structures", "targets", "timing",
+        "compiler", "cost_store", "costs", "detection_store", "errors", "files", "frontend", "gpu_build", "guard",
+        "planning", "relay_passes", "schedules", "structures", "targets", "timing",
     },
     "vta": {"errors", "files", "line_store", "schedules", "targets"},
     "vta_stats": {"errors", "report"},

@@ -87,13 +87,12 @@ def weights_are_cold(calls: Mapping[str, Sequence[LayerCall]]) -> bool:
 
 def recorded_seconds(call: LayerCall, target: Any, records: Any) -> float | None:
     """What a tuning database says of a layer that is one kernel; None where it says nothing."""
-    from tvm_structured.relay_passes.lower_structured import kernel_and_site
-    from tvm_structured.schedules import KERNELS, Cpu
+    from tvm_structured.relay_passes.locate_kernel import locate_kernel
 
-    is_one_kernel = call.conv is None or KERNELS[call.op].takes_images
-    if records is None or not hasattr(records, "seconds") or is_cuda(target) or not is_one_kernel:
+    place = locate_kernel(call, target) if hasattr(records, "seconds") else None
+    if place is None or (call.conv is not None and place[2].conv is None):  # a product between two other kernels
         return None
-    seconds: float | None = records.seconds(*kernel_and_site(call, Cpu.of(target)))
+    seconds: float | None = records.seconds(*place)
     return seconds
 
 
@@ -170,12 +169,10 @@ def cost_key(call: LayerCall, structure: Structure, target: Any, is_cold: bool, 
 
 def tuned_config(call: LayerCall, target: Any, records: Any) -> Any | None:
     """The configuration that tuning found for the call's kernel, None where it is the hand schedule."""
-    from tvm_structured.relay_passes.lower_structured import kernel_and_site
-    from tvm_structured.schedules import Cpu
+    from tvm_structured.relay_passes.locate_kernel import locate_kernel
 
-    if records is None or not hasattr(records, "tuned"):
-        return None
-    return records.tuned(*kernel_and_site(call, Cpu.of(target)))
+    place = locate_kernel(call, target) if hasattr(records, "tuned") else None
+    return None if place is None else records.tuned(*place)
 
 
 @functools.cache

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tvm_structured.errors import TargetError, TuningError
+from tvm_structured.targets import physical_cores
 from tvm_structured.tuning.database import Database
 from tvm_structured.tuning.rpc import RpcMeasurer, check_address
 from tvm_structured.tuning.session import Progress, Session, WeightedTask
@@ -126,7 +127,7 @@ def find_tasks(
 
 def make_measurer(target: Any, tracker: str | None, key: str | None, timeout: float) -> Measurer:
     if tracker is None:
-        return LocalMeasurer(int(target.attrs["num-cores"]), timeout)
+        return LocalMeasurer(physical_cores(), timeout)
     return RpcMeasurer(tracker, key, timeout)
 
 

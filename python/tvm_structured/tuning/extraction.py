@@ -67,12 +67,11 @@ def forms_of_layers(mod: Any, plan: Plan, budget: Any, prices: Prices | None) ->
 
 
 def kernel_tasks(mod: Any, target: Any, forms: Mapping[str, Sequence[Form]]) -> list[WeightedTask]:
-    """One task for all layers that call the same kernel in the same place."""
+    """One task for all layers that call the same kernel in the same place; what has no kernel there is left out."""
     from tvm_structured.relay_passes.find_layers import find_calls
-    from tvm_structured.relay_passes.lower_structured import kernel_and_site
-    from tvm_structured.schedules import Cpu
+    from tvm_structured.relay_passes.locate_kernel import locate_kernel
 
-    calls, cpu = find_calls(mod), Cpu.of(target)
+    calls = find_calls(mod)
     is_cold = weights_are_cold(calls)
     found: dict[str, WeightedTask] = {}
     for name, uses in calls.items():
@@ -81,7 +80,10 @@ def kernel_tasks(mod: Any, target: Any, forms: Mapping[str, Sequence[Form]]) -> 
                 if form.most == 0:
                     continue
                 formed = with_structure(call, form.structure) if call.is_canonical else call
-                task = KernelTask.of(*kernel_and_site(formed, cpu), target, is_cold)
+                place = locate_kernel(formed, target)
+                if place is None:
+                    continue
+                task = KernelTask.of(*place, target, is_cold)
                 known = found.get(task.key, WeightedTask(task, 0, (), form.most))
                 layers = known.layers if name in known.layers else (*known.layers, name)
                 most = None if known.most is None or form.most is None else max(known.most, form.most)

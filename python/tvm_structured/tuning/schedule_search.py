@@ -16,7 +16,7 @@ import numpy as np
 
 from tvm_structured.schedules import Config
 from tvm_structured.tuning.search import BATCH
-from tvm_structured.tuning.tasks import config_text
+from tvm_structured.tuning.tasks import config_text, plain
 
 FAILED = 1e10  # seconds, MetaSchedule's own mark
 
@@ -110,16 +110,3 @@ def lean_intrinsics() -> Iterator[None]:
         yield
     finally:
         sys.modules.pop(name, None)
-
-
-def plain(value: Any) -> Any:
-    """Arrays, maps, strings and numbers of TVM as JSON has them."""
-    if isinstance(value, (str, bytes)):
-        return str(value)
-    if value is None or isinstance(value, (bool, int, float)):
-        return value
-    if hasattr(value, "items"):
-        return {str(key): plain(inner) for key, inner in value.items()}
-    if hasattr(value, "__iter__"):
-        return [plain(inner) for inner in value]
-    return value.value if hasattr(value, "value") else str(value)

@@ -20,8 +20,8 @@ from tvm_structured.tuning.records import Best, Origin, TaskRecord, Trial
 from tvm_structured.tuning.schedule_search import ScheduleSearch
 from tvm_structured.tuning.schedule_tasks import ScheduleTask
 from tvm_structured.tuning.search import BATCH, next_batch
-from tvm_structured.tuning.tasks import KernelTask, config_text
-from tvm_structured.tuning.versions import kernel_version, tvm_version
+from tvm_structured.tuning.tasks import KernelTask, config_text, is_cuda_text
+from tvm_structured.tuning.versions import CUDA, kernel_version, tvm_version
 from tvm_structured.tuning.workers import Measurer
 
 FINALISTS = 3  # that meet the hand schedule in the last comparison
@@ -179,7 +179,10 @@ def decide(finalists: Sequence[Trial], turns: Sequence[Sequence[float]] | None) 
 
 
 def origin_of(task: KernelTask | ScheduleTask) -> Origin:
-    version = f"{task.kernel}:{kernel_version(task.kernel)}" if isinstance(task, KernelTask) else "trace"
+    version = "trace"
+    if isinstance(task, KernelTask):
+        name = f"{CUDA}{task.kernel}" if is_cuda_text(task.target) else task.kernel
+        version = f"{name}:{kernel_version(name)}"
     return Origin(task.key, task.target, task.is_cold, tvm_version(), version)
 
 

@@ -42,6 +42,7 @@ class KernelTask:
     conv: Mapping[str, Any] | None
     blocked: tuple[bool, bool]
     target: str
+    dtype: str = "float32"  # of x, y and the residual
     is_cold: bool = False  # whether the weights come from memory, as in a model that does not fit the caches
 
     @classmethod
@@ -54,8 +55,9 @@ class KernelTask:
             known_extents(site.y_shape),
             asdict(site.epilogue),
             None if site.conv is None else asdict(site.conv),
-            (site.blocked_x, site.blocked_y),
+            (getattr(site, "blocked_x", False), getattr(site, "blocked_y", False)),
             target_text(target),
+            getattr(site, "dtype", "float32"),
             is_cold,
         )
 
@@ -71,6 +73,7 @@ class KernelTask:
         size = "x".join(map(str, structure.shape))
         rows = "any" if self.x_shape[0] is None else self.x_shape[0]
         detail = f" {structure.describe()}" if structure.describe() else ""
+        detail += "" if self.dtype == "float32" else f" {self.dtype}"
         if self.conv is None:
             return f"{self.kernel} {size}{detail}, {rows} row{'' if rows == 1 else 's'}"
         kh, kw = self.conv["kernel"]
@@ -88,7 +91,7 @@ class KernelTask:
             values = {name: described[name] for name in cls.__dataclass_fields__}
             values |= {name: tuple(values[name]) for name in ("x_shape", "y_shape", "blocked")}
             task = cls(**values)
-            KERNELS[task.kernel]
+            kernels_of(task.target)[task.kernel]
         except (KeyError, TypeError) as error:
             raise TuningError(f"not the description of a kernel task ({type(error).__name__}: {error})") from None
         return task
@@ -100,13 +103,19 @@ class KernelTask:
         return family.from_factors(self.sizes, [rebuild_factor(described) for described in self.factors.values()])
 
     @functools.cached_property
-    def site(self) -> Site:
+    def site(self) -> Any:
+        """A Site, or for CUDA a GpuSite."""
         from tvm import tirx
 
         rows = tirx.Var("rows", "int64") if self.x_shape[0] is None else self.x_shape[0]
         conv = None if self.conv is None else ConvGeometry(**{k: as_tuple(v) for k, v in self.conv.items()})
         shapes = (rows, *self.x_shape[1:]), (rows, *self.y_shape[1:])
-        return Site(*shapes, Cpu.of(self.tvm_target), Epilogue(**self.epilogue), conv, *self.blocked)
+        epilogue = Epilogue(**self.epilogue)
+        if is_cuda_text(self.target):
+            from tvm_structured.schedules.gpu import Gpu, GpuSite
+
+            return GpuSite(*shapes, Gpu.of(self.tvm_target), epilogue, conv, self.dtype)
+        return Site(*shapes, Cpu.of(self.tvm_target), epilogue, conv, *self.blocked)
 
     @functools.cached_property
     def tvm_target(self) -> Any:
@@ -117,18 +126,44 @@ class KernelTask:
     @functools.cached_property
     def space(self) -> list[Config]:
         """Every configuration once, the hand schedule first."""
-        return distinct(KERNELS[self.kernel].configs(self.structure, self.site))
+        return distinct(kernels_of(self.target)[self.kernel].configs(self.structure, self.site))
 
     def build(self, config: Config) -> tuple[Any, list[np.ndarray]]:
         """The PrimFunc and the arguments of one call; the last is the output."""
-        kernel, site, rng = KERNELS[self.kernel], self.site, np.random.default_rng(0)
+        kernel, site, rng = kernels_of(self.target)[self.kernel], self.site, np.random.default_rng(0)
         rows = MEASURED_ROWS if self.x_shape[0] is None else self.x_shape[0]
-        x_shape, y_shape = (rows, *site.stored_x[1:]), (rows, *site.stored_y[1:])
-        operands = {"scale": self.y_shape[1:2], "bias": self.y_shape[1:2], "residual": y_shape}
+        stored = getattr(site, "stored_x", site.x_shape), getattr(site, "stored_y", site.y_shape)
+        x_shape, y_shape = ((rows, *shape[1:]) for shape in stored)
         packed = [np.ascontiguousarray(array) for array in kernel.pack(self.structure, site, config).values()]
-        extra = [random_array(operands[name], rng) for name in site.epilogue.operands]
         func = kernel.prim_func(self.structure, site, config)
-        return func, [random_array(x_shape, rng), *packed, *extra, np.zeros(y_shape, np.float32)]
+        features = self.y_shape[1:2]  # scale and bias are float32, whatever x is
+        extra = {"scale": random_array(features, rng), "bias": random_array(features, rng)}
+        extra["residual"] = random_array(y_shape, rng).astype(numpy_type(self.dtype), copy=False)
+        x, y = random_array(x_shape, rng), np.zeros(y_shape, np.float32)
+        ends = [array.astype(numpy_type(self.dtype), copy=False) for array in (x, y)]
+        return func, [ends[0], *packed, *(extra[name] for name in site.epilogue.operands), ends[1]]
+
+
+def kernels_of(target: str) -> Mapping[str, Any]:
+    """The table of kernels of a target, as text."""
+    if is_cuda_text(target):
+        from tvm_structured.schedules.cuda import CUDA_KERNELS
+
+        return CUDA_KERNELS
+    return KERNELS
+
+
+def is_cuda_text(target: str) -> bool:
+    return bool(json.loads(target).get("kind") == "cuda")
+
+
+def numpy_type(name: str) -> Any:
+    """The numpy type of a name, that of ml_dtypes for bfloat16."""
+    if name != "bfloat16":
+        return np.dtype(name)
+    import ml_dtypes
+
+    return np.dtype(ml_dtypes.bfloat16)
 
 
 def describe_factor(structure: Structure, name: str) -> dict[str, Any]:
@@ -159,10 +194,27 @@ def known_extents(shape: Sequence[Any]) -> tuple[int | None, ...]:
 
 def target_text(target: Any) -> str:
     """The target as JSON that TVM reads; equal targets have equal texts."""
-    config = {name: value for name, value in dict(target.export()).items() if name != "tag"}
-    return json.dumps(
-        config, sort_keys=True, default=lambda value: list(value) if hasattr(value, "__iter__") else str(value)
-    )
+    return json.dumps(without_tags(plain(target.export())), sort_keys=True)
+
+
+def without_tags(config: Any) -> Any:
+    """A target without its name, its host's left out too: a target given by name is the one it stands for."""
+    if not isinstance(config, dict):
+        return config
+    return {name: without_tags(value) for name, value in config.items() if name != "tag"}
+
+
+def plain(value: Any) -> Any:
+    """Arrays, maps, strings and numbers of TVM as JSON has them."""
+    if isinstance(value, (str, bytes)):
+        return str(value)
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    if hasattr(value, "items"):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if hasattr(value, "__iter__"):
+        return [plain(inner) for inner in value]
+    return value.value if hasattr(value, "value") else str(value)
 
 
 def as_tuple(value: Any) -> Any:

@@ -8,10 +8,11 @@ import hashlib
 from pathlib import Path
 
 from tvm_structured import schedules
-from tvm_structured.schedules import KERNELS
+from tvm_structured.schedules import KERNELS, Kernel
 
 ROOT = Path(str(schedules.__file__)).parent
 PACKAGE = "tvm_structured.schedules."
+CUDA = "cuda/"
 
 
 def tvm_version() -> str:
@@ -22,11 +23,20 @@ def tvm_version() -> str:
 
 @functools.cache
 def kernel_version(name: str) -> str:
-    """A digest of the kernel's source and of all sources under `schedules/` that it imports."""
+    """A digest of the kernel's source and of all sources under `schedules/` that it imports. `cuda/NAME` is that for
+    GPUs. KeyError where there is no such kernel."""
     digest = hashlib.sha256()
-    for source in sorted(imported_by(type(KERNELS[name]).__module__)):
+    for source in sorted(imported_by(type(kernel_of(name)).__module__)):
         digest.update(source.name.encode() + source.read_bytes())
     return digest.hexdigest()[:12]
+
+
+def kernel_of(name: str) -> Kernel:
+    if name.startswith(CUDA):
+        from tvm_structured.schedules.cuda import CUDA_KERNELS
+
+        return CUDA_KERNELS[name.removeprefix(CUDA)]
+    return KERNELS[name]
 
 
 def imported_by(module: str) -> set[Path]:
