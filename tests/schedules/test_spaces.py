@@ -12,7 +12,7 @@ from tvm_structured.schedules.space import around, block_rows
 from tvm_structured.structures import STRUCTURES, Dense, Unstructured
 from tvm_structured.tuning.tasks import config_text
 
-PICKED = 4  # configurations of each kernel and number of rows
+PICKED = 3  # configurations of each kernel and number of rows
 
 
 def member(name: str) -> object:

@@ -84,3 +84,21 @@ def test_a_version_covers_what_the_kernel_imports() -> None:
     assert {"low_rank.py", "dense.py", "gemm.py", "emit.py"} <= files
     assert not {"winograd.py", "attention.py"} & files
     assert len({kernel_version(name) for name in KERNELS}) == len(KERNELS)
+
+
+@pytest.mark.parametrize("name", ["block_circulant", "low_rank", "permuted_diagonal", "tensor_train"])
+def test_kernels_for_gpus_are_tasks_too(name: str) -> None:
+    from tvm_structured.schedules.cuda import CUDA_KERNELS
+    from tvm_structured.schedules.gpu import Gpu, GpuSite
+    from tvm_structured.targets import resolve_target
+    from tvm_structured.tuning.session import origin_of
+
+    target, member = resolve_target({"kind": "cuda", "arch": "sm_90"}), sample_task(name).structure
+    site = GpuSite((16, 64), (16, 64), Gpu.of(target), Epilogue(bias=True), dtype="float16")
+    task = KernelTask.of(CUDA_KERNELS[name], member, site, target)
+    again = through_json(task)
+    assert (again.key, again.site) == (task.key, site)
+    assert origin_of(again).kernel.startswith(f"cuda/{name}:") != sample_task(name).target
+    func, arguments = again.build(again.space[0])
+    assert func is not None and {arguments[0].dtype, arguments[-1].dtype} == {np.dtype("float16")}
+    assert task.key != sample_task(name, rows=16).key

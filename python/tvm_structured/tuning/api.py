@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tvm_structured.errors import TargetError, TuningError
@@ -127,7 +125,7 @@ def find_tasks(
 
 def make_measurer(target: Any, tracker: str | None, key: str | None, timeout: float) -> Measurer:
     if tracker is None:
-        return LocalMeasurer(physical_cores(), timeout)
+        return LocalMeasurer(int(target.attrs.get("num-cores", physical_cores())), timeout)
     return RpcMeasurer(tracker, key, timeout)
 
 
@@ -172,8 +170,3 @@ def changes(before: Any, after: Any) -> tuple[tuple[str, str, str], ...]:
 
     pairs = [(name, describe(before.choices[name]), describe(choice)) for name, choice in after.choices.items()]
     return tuple((name, old, new) for name, old, new in pairs if old != new)
-
-
-def default_directory(model: Any) -> Path:
-    """`resnet18.onnx` -> `resnet18.tuning`, beside where the command runs."""
-    return Path(f"{Path(os.fspath(model)).stem}.tuning")

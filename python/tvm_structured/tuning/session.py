@@ -102,9 +102,11 @@ class Session:
         return Progress(weighted, origin, self.database.history(origin), best)
 
     def run(self) -> list[Progress]:
-        """All tasks a batch each in turn, so that a session that runs out of time has looked at each of them."""
+        """All tasks a batch each in turn, what runs most often first: a session that runs out of time has looked at
+        each of them."""
         searches = {id(progress): search_for(progress.weighted.task, self.seed) for progress in self.progress}
         unfinished = [progress for progress in self.progress if not self._is_done(progress)]
+        unfinished.sort(key=lambda progress: -progress.weighted.weight)
         known = self.database.tasks
         self.database.add(
             TaskRecord(p.weighted.task.key, p.weighted.task.describe(), p.weighted.task.to_json())

@@ -9,6 +9,7 @@ its parent is gone.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -22,7 +23,6 @@ from typing import Any
 import numpy as np
 
 SAMPLES = 64  # numbers of the output that are compared with the hand schedule's
-KEPT_SECONDS = 60.0  # of a session with a server
 KEPT_BYTES = 32 << 20  # arguments larger than that are made again when they are needed
 
 
@@ -33,8 +33,6 @@ class Bench:
         self.task, self.remote = task, remote
         self.built: dict[str, tuple[Any, Any]] = {}
         self.arguments: dict[str, list[np.ndarray]] = {}
-        self._session: Any = None
-        self._since = 0.0
 
     # -- what it is told to do -------------------------------------------------------------------
 
@@ -76,8 +74,9 @@ class Bench:
         names = [f"compared {number}" for number in range(len(configs))]
         for name, config in zip(names, configs, strict=True):
             self.build(name, config)
+        session = self.session() if self.remote else None  # one for all: they are to meet on the same machine
         with ExitStack() as stack:
-            contestants = [stack.enter_context(self.loaded(name))[0] for name in names]
+            contestants = [stack.enter_context(self.loaded(name, session))[0] for name in names]
             taken = seconds_by_turn(contestants, rounds, self.task.is_cold)
         for name in names:
             self.drop(name)
@@ -89,11 +88,14 @@ class Bench:
 
     # -- devices ---------------------------------------------------------------------------------
 
-    def loaded(self, name: str) -> Any:
-        """The candidate on its device: (turns, output), for a with statement."""
+    def loaded(self, name: str, session: Any = None) -> Any:
+        """The candidate on its device: (turns, output), for a with statement. A remote one takes a session of its own
+        where none is given."""
         library, config = self.built[name]
         arguments = self.arguments.get(name) or self.task.build(config)[1]
-        return self.loaded_remotely(library, arguments) if self.remote else self.loaded_here(library, arguments)
+        if self.remote:
+            return self.loaded_remotely(session or self.session(), library, arguments)
+        return self.loaded_here(library, arguments)
 
     def loaded_here(self, library: Any, arguments: list[np.ndarray]) -> Any:
         from contextlib import nullcontext
@@ -108,7 +110,7 @@ class Bench:
             return nullcontext((cold_turns(library["main"], tensors), tensors[-1]))
         return nullcontext((evaluator(library.mod, device, tensors, False), tensors[-1]))
 
-    def loaded_remotely(self, library: Any, arguments: list[np.ndarray]) -> Any:
+    def loaded_remotely(self, session: Any, library: Any, arguments: list[np.ndarray]) -> Any:
         from contextlib import contextmanager
 
         import tvm
@@ -117,8 +119,6 @@ class Bench:
 
         @contextmanager
         def upload() -> Any:
-            session = self.session()  # a failure below leaves it behind: the next candidate asks for another one
-            self._session = None
             device = session.device("cpu" if "cpu" in self.task.tvm_target.keys else self.task.tvm_target.kind.name)
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / f"candidate{os.getpid()}_{time.monotonic_ns()}.tar"
@@ -131,26 +131,20 @@ class Bench:
                 finally:
                     session.remove(path.name)
                     session.remove(f"{path.name}.so")
-                self._session = session
 
         return upload()
 
     def session(self) -> Any:
-        """A connection to a server that the tracker chooses. It is kept for the next candidates, unless it is about to
-        end or somebody waits for a server."""
+        """A connection to a server that the tracker chooses, for one candidate: others wait for servers, too. It ends
+        when nothing refers to it any more."""
         from tvm import rpc
 
         assert self.remote is not None
         tracker = rpc.connect_tracker(self.remote["host"], self.remote["port"])
-        queues = tracker.summary()["queue_info"]  # free and pending, by key
-        is_wanted = queues.get(self.remote["key"], {}).get("pending", 0) > 0
-        if is_wanted or time.monotonic() - self._since > KEPT_SECONDS:
-            self._session = None
-        if self._session is None:
-            limit = int(KEPT_SECONDS + 4 * self.remote["timeout"])
-            self._session = tracker.request(self.remote["key"], session_timeout=limit, max_retry=1)
-            self._since = time.monotonic()
-        return self._session
+        try:
+            return tracker.request(self.remote["key"], session_timeout=int(4 * self.remote["timeout"]), max_retry=1)
+        finally:
+            tracker.close()
 
 
 def cold_turns(main: Any, tensors: list[Any]) -> Any:
@@ -198,6 +192,8 @@ def serve(reader: Any, writer: Any) -> None:
                 answer = do(**request["with"])
         except Exception as error:  # whatever TVM, LLVM or a lost server raises is the candidate's fault, not ours
             answer = {"error": f"{type(error).__name__}: {last_line(error)}"}
+        if bench is not None and bench.remote:
+            gc.collect()  # what is left of a failed candidate would keep its server
         writer.write(json.dumps(answer) + "\n")
         writer.flush()
 
