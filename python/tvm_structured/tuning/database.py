@@ -43,18 +43,19 @@ class Database:
     def __init__(self, path: str | os.PathLike[str], must_exist: bool = True) -> None:
         self.path = Path(path)
         self.file = self.path / RECORDS
-        self.records: list[Record] = []
-        self.problems: list[Problem] = []
         if must_exist and not self.file.is_file():
             raise DatabaseError(f"{self.path}: {why_not(self.path)}")
         if self.path.exists() and not self.path.is_dir():
             raise DatabaseError(f"{self.path}: a tuning database is a directory, this is a file")
-        if self.file.is_file():
-            self._read()
+        self._read()
         for problem in self.problems:
             logger.warning("%s", problem)
 
     def _read(self) -> None:
+        self.records: list[Record] = []
+        self.problems: list[Problem] = []
+        if not self.file.is_file():
+            return
         seen: set[str] = set()
         raw = self.file.read_bytes().split(b"\n")
         for number, line in enumerate(raw, 1):
@@ -150,6 +151,7 @@ class Database:
                 f"{self.path}: {owner(self.path)} is writing to this database; wait for it, or use another directory"
             ) from None
         try:
+            self._read()  # what another session wrote since
             with atomic(self.path / OWNER) as temporary:
                 temporary.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}), encoding="utf-8")
             yield
