@@ -25,7 +25,6 @@ from tvm_structured.schedules.gpu import Gpu, GpuSite
 from tvm_structured.structures import Conv2d, Structure
 
 Configure = Callable[[Any, Structure, Any], Any]
-CONV_KERNELS = ("conv2d", "winograd")  # they take images; all others take rows
 
 
 def lower_on_gpu(builder: Any, call: Any, y_shape: Any, gpu: Gpu, configure: Configure) -> Any:
