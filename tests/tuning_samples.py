@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from kernel_harness import target_for
+from tvm import te
 
 from tvm_structured.schedules import KERNELS, Config, Cpu, Epilogue, Site
 from tvm_structured.structures import STRUCTURES, Dense, Unstructured
@@ -35,6 +36,15 @@ def sample_task(name: str = "permuted_diagonal", rows: int = 4, target: Any = No
 
 def weighted(*names: str) -> list[WeightedTask]:
     return [WeightedTask(sample_task(name)) for name in names]
+
+
+def product(rows: int = 16, out: int = 32, inner: int = 24, rule: str = "") -> Any:
+    """y = x W^T as loops; `rule` is the mark of its block."""
+    x, weight = te.placeholder((rows, inner), name="x"), te.placeholder((out, inner), name="weight")
+    k = te.reduce_axis((0, inner), "k")
+    attrs = {"schedule_rule": rule} if rule else {}
+    y = te.compute((rows, out), lambda i, j: te.sum(x[i, k] * weight[j, k], axis=k), name="y", attrs=attrs)
+    return te.create_prim_func([x, weight, y], index_dtype_override="int64")
 
 
 class FakeMeasurer:

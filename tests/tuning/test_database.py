@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from tuning_samples import sample_task
+from kernel_harness import target_for
+from tuning_samples import product, sample_task
 
 from tvm_structured import cli
 from tvm_structured.errors import DatabaseError
 from tvm_structured.tuning.database import RECORDS, Database
 from tvm_structured.tuning.lookup import Records
 from tvm_structured.tuning.records import Best, CostRecord, TaskRecord, Trial
+from tvm_structured.tuning.schedule_tasks import ScheduleTask
 from tvm_structured.tuning.session import origin_of
 from tvm_structured.tuning.versions import cost_version
 
@@ -172,6 +174,15 @@ def test_a_configuration_that_the_kernel_does_not_have_is_refused(
     chosen = records.configure(KERNELS[TASK.kernel], TASK.structure, TASK.site)
     assert chosen == TASK.space[0]
     assert "has no configuration" in caplog.text
+
+
+def test_a_trace_that_does_not_apply_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    task = ScheduleTask.of(product(), target_for())
+    origin = origin_of(task)
+    database = Database(tmp_path, must_exist=False)
+    database.add([Best(origin, 4, {"trace": [[["Split", ["x"], [], ["y"]]], []]}, 1e-9, 1e-5)])
+    assert Records(database, task.target).query_tuning_record(task.module, target_for(), "main") is None
+    assert "does not apply" in caplog.text
 
 
 # -- the command ----------------------------------------------------------------------------------------

@@ -12,21 +12,13 @@ import pytest
 import tvm
 import tvm_ffi
 from kernel_harness import target_for
+from tuning_samples import product
 from tvm import te
 
 from tvm_structured.tuning.schedule_search import ScheduleSearch
 from tvm_structured.tuning.schedule_tasks import ScheduleTask, is_tunable
 from tvm_structured.tuning.search import BATCH
 from tvm_structured.tuning.tasks import config_text
-
-
-def product(rows: int = 16, out: int = 32, inner: int = 24, rule: str = "") -> Any:
-    """y = x W^T as loops; `rule` is the mark of its block."""
-    x, weight = te.placeholder((rows, inner), name="x"), te.placeholder((out, inner), name="weight")
-    k = te.reduce_axis((0, inner), "k")
-    attrs = {"schedule_rule": rule} if rule else {}
-    y = te.compute((rows, out), lambda i, j: te.sum(x[i, k] * weight[j, k], axis=k), name="y", attrs=attrs)
-    return te.create_prim_func([x, weight, y], index_dtype_override="int64")
 
 
 def run(search: ScheduleSearch, trials: int) -> list[dict[str, Any]]:

@@ -86,11 +86,22 @@ class Records:
         return None if found is None else found.seconds
 
     def query_tuning_record(self, workload: Any, target: Any, name: str) -> Any | None:
-        """The trace for a function, under the name that MetaSchedule's databases have for the question."""
-        found = self.winner(ScheduleTask.of(workload[name], target))
+        """The trace for a function, under the name that MetaSchedule's databases have for the question. One that does
+        not apply is refused."""
+        from tvm import s_tir
+
+        task = ScheduleTask.of(workload[name], target)
+        found = self.winner(task)
         if found is None or not found.config:
             return None
-        return ScheduleRecord(Trace(found.config["trace"]), target)
+        trace = Trace(found.config.get("trace"))
+        try:
+            trace.apply_to_schedule(s_tir.Schedule(workload))
+        except Exception as error:  # TVM's checks raise many kinds
+            why = type(error).__name__
+            logger.warning("%s: a trace for %s does not apply (%s); left out", self.database.path, task.key[:8], why)
+            return None
+        return ScheduleRecord(trace, target)
 
     @functools.cached_property
     def _target(self) -> Any:
