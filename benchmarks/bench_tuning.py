@@ -67,6 +67,8 @@ def main(
         headings = ("", "trials", "failed", "seconds", "trials/min", "rank correlation", "best us")
         print_table(f"one task, {describe_machine()}", headings, [speed_cells(row) for row in rows])
         print(f"{rows[1]['per_minute'] / rows[0]['per_minute']:.1f} times as many trials a minute")
+        spent = ", ".join(f"{name} {1e3 * seconds:.0f}" for name, seconds in rows[1]["spent"].items())
+        print(f"milliseconds of a trial of ours, by what the processes do: {spent}")
         return
     names = [name for name in (QUICK if quick and not patterns else LAYERS) if matches(name, patterns)]
     if not names:
@@ -147,7 +149,8 @@ def run_ours(task: ScheduleTask, measurer: LocalMeasurer, trials: int) -> dict[s
         seconds = time.perf_counter() - start
     found = [(trial.config, trial.seconds) for trial in progress.trials]
     failed = sum(trial.seconds is None for trial in progress.trials)
-    return result("a session of ours", len(found), failed, seconds, found)
+    spent = {name: value / len(found) for name, value in measurer.spent.items()}
+    return result("a session of ours", len(found), failed, seconds, found) | {"spent": spent}
 
 
 def result(who: str, trials: int, failed: int, seconds: float, candidates: Sequence[Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import select
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -158,6 +159,7 @@ class LocalMeasurer:
     def __init__(self, cores: int, timeout: float = TIMEOUT) -> None:
         self.workers = [Worker(cores) for _ in range(max(1, min(cores, 8)))]
         self.timeout = timeout
+        self.spent: Counter[str] = Counter()  # seconds of all processes, by what they did
         self._samples = Samples()
         self._pool = ThreadPoolExecutor(len(self.workers))
         self._batch = 0
@@ -185,6 +187,7 @@ class LocalMeasurer:
             answer = worker.ask(task, "build", self.timeout, name=name, config=config)
         except WorkerLost as error:
             return 0, f"while building: {error}"
+        self._account(answer, ("emit", "compile"))
         return worker.generation, answer.get("error", "")
 
     def _time(
@@ -200,9 +203,13 @@ class LocalMeasurer:
             return Measured(None, f"while running: {error}")
         if "error" in answer:
             return Measured(None, answer["error"])
+        self._account(answer, ("load", "run"))
         if self._samples.differs(task, answer["sample"]):
             return Measured(None, "its output differs from that of the hand schedule")
         return Measured(answer["seconds"])
+
+    def _account(self, answer: Mapping[str, Any], names: Sequence[str]) -> None:
+        self.spent.update({name: answer.get(name, 0.0) for name in names})
 
     def compare(self, task: Any, configs: Sequence[Config], rounds: int) -> list[list[float]] | None:
         try:
