@@ -89,24 +89,30 @@ class ScheduleSearch:
             self._context.pre_tuning(trials, BATCH, self._context.generate_design_space(), self._database, self._model)
 
 
+INTRINSICS = "tvm.s_tir.tensor_intrin"
+
+
 @contextmanager
 def lean_intrinsics() -> Iterator[None]:
     """TVM imports the tensor intrinsics of all processors here, which takes half a minute; those of x86 will do.
 
     The stand-in leaves again, so that who wants the others gets them.
     """
-    name = "tvm.s_tir.tensor_intrin"
-    if name in sys.modules:
+    if INTRINSICS in sys.modules:
         yield
         return
-    import tvm
-
-    package = types.ModuleType(name)
-    package.__path__ = [os.path.join(os.path.dirname(tvm.__file__), "s_tir", "tensor_intrin")]
-    sys.modules[name] = package
+    install_stand_in()
     try:
-        import tvm.s_tir.tensor_intrin.x86
-
         yield
     finally:
-        sys.modules.pop(name, None)
+        sys.modules.pop(INTRINSICS, None)
+
+
+def install_stand_in() -> None:
+    """A package of TVM's intrinsics that holds only those of x86."""
+    import tvm
+
+    package = types.ModuleType(INTRINSICS)
+    package.__path__ = [os.path.join(os.path.dirname(tvm.__file__), "s_tir", "tensor_intrin")]
+    sys.modules[INTRINSICS] = package
+    import tvm.s_tir.tensor_intrin.x86
