@@ -21,6 +21,8 @@ from tvm_structured.errors import TuningError
 from tvm_structured.tuning.rpc import RpcMeasurer
 from tvm_structured.tuning.workers import TIMEOUT
 
+pytestmark = pytest.mark.tune
+
 KEY = "tests"
 STARTS_WITHIN = 180.0  # seconds, on a machine that has other things to do
 
@@ -47,7 +49,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def farm() -> Iterator[tuple[str, list[subprocess.Popen[bytes]]]]:
     """(address of the tracker, two servers)."""
     port, host = free_port(), ("--host", "127.0.0.1")
