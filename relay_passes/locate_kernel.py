@@ -16,6 +16,11 @@ def locate_kernel(call: Any, target: Any) -> tuple[Any, Structure, Any] | None:
         return kernel_and_site(call, Cpu.of(target))
     from tvm_structured.relay_passes.lower_on_gpu import kernel_and_gpu_site
     from tvm_structured.schedules.cuda import CUDA_KERNELS
+    from tvm_structured.schedules.cuda.dense import MOST_ROWS
     from tvm_structured.schedules.gpu import Gpu
 
-    return kernel_and_gpu_site(call, Gpu.of(target)) if call.op in CUDA_KERNELS else None
+    if call.op not in CUDA_KERNELS:
+        return None
+    kernel, structure, site = kernel_and_gpu_site(call, Gpu.of(target))
+    is_tvms = call.op == "dense" and isinstance(site.rows, int) and site.rows > MOST_ROWS
+    return None if is_tvms else (kernel, structure, site)

@@ -1,8 +1,8 @@
 """structured.*(x, factors, ...)  -->  call_tir(CUDA kernel, ...), or plain loops for TVM's own GPU schedules
 
-What has no kernel in `schedules.cuda`, and a dense layer of many rows, is computed with its dense matrix: as one function
-of loops (patches, product, epilogue), which TVM's rules turn into a tiled product on tensor cores. x, y and residuals
-keep the model's type; scale, bias and sums are float32.
+What has no kernel in `schedules.cuda`, and a dense layer of many rows, is computed with its dense matrix: as one
+function of loops (patches, product, epilogue), which TVM's rules turn into a tiled product on tensor cores. x, y and
+residuals keep the model's type; scale, bias and sums are float32.
 """
 
 from __future__ import annotations
