@@ -45,7 +45,8 @@ Join = Callable[[Threads, Callable[[Any, int], Any], Any, Any, Any], None]
 
 @dataclass(frozen=True)
 class Tile:
-    """rows x columns of C to a block, `depth` of k at a time; warps_m x warps_n warps; tiles in flight."""
+    """rows x columns of C to a block, `depth` of k at a time; warps_m x warps_n warps; tiles in flight; into how many
+    parts k is split, each for a block of its own."""
 
     rows: int = 64
     columns: int = 64
@@ -53,6 +54,7 @@ class Tile:
     warps_m: int = 2
     warps_n: int = 2
     stages: int = 3
+    split: int = 1
 
     @classmethod
     def of(cls, config: Sequence[int]) -> Tile:
@@ -65,6 +67,10 @@ class Tile:
     def __post_init__(self) -> None:
         m, n = self.rows // self.warps_m, self.columns // self.warps_n
         assert m % 16 == n % 16 == self.depth % 16 == 0, f"a warp multiplies tiles of 16 x 16 x 16, got {self}"
+
+    def steps(self, depth: int) -> int:
+        """Steps of one block."""
+        return -(-depth // (self.depth * self.split))
 
     def shared_bytes(self, dtype: str, planes: int) -> int:
         width = self.depth + VECTOR_BYTES // BYTES[dtype]
@@ -89,7 +95,7 @@ class Operand:
 def pack_operand(b: np.ndarray, tile: Tile, dtype: Any) -> np.ndarray:
     """(batches, planes, columns, depth) -> (batches, column tiles, depth tiles, planes, columns, depth) of a tile."""
     batches, planes, columns, depth = b.shape
-    tiles_n, tiles_k = -(-columns // tile.columns), -(-depth // tile.depth)
+    tiles_n, tiles_k = -(-columns // tile.columns), tile.steps(depth) * tile.split
     padded = np.zeros((batches, planes, tiles_n * tile.columns, tiles_k * tile.depth), np.float32)
     padded[:, :, :columns, :depth] = b
     cut = padded.reshape(batches, planes, tiles_n, tile.columns, tiles_k, tile.depth)
@@ -97,7 +103,10 @@ def pack_operand(b: np.ndarray, tile: Tile, dtype: Any) -> np.ndarray:
 
 
 class Gemm:
-    """One kernel: `batches` products of `rows` x `columns`. `b` is an argument packed by `pack_operand`."""
+    """One kernel: `batches` products of `rows` x `columns`. `b` is an argument packed by `pack_operand`.
+
+    With a tile that splits k (one real product only) the parts take the place of batches: their sums are to be added.
+    """
 
     def __init__(
         self,
@@ -116,6 +125,10 @@ class Gemm:
         self.tile, self.dtype, self.rows, self.columns = tile, dtype, rows, columns
         self.a, self.b, self.planes, self.batches, self.tensorize = a, b, planes, batches, tensorize
         self.split_first = split_first
+        if tile.split > 1:
+            assert batches == planes == 1, "only a single product is split"
+            self.batches = tile.split
+        self.steps = tile.steps(a.depth)
         self.vector = VECTOR_BYTES // BYTES[dtype]
         self.width = tile.depth + self.vector  # a row of a tile in shared memory, padded against bank conflicts
         self.mi, self.ni = tile.rows // tile.warps_m // 16, tile.columns // tile.warps_n // 8
@@ -174,7 +187,7 @@ class Gemm:
 
     def _multiply(self, acc: Registers) -> None:
         tile, t = self.tile, self.t
-        steps = -(-self.a.depth // tile.depth)
+        steps = self.steps
         ahead = tile.stages - 1
         with t.last_stage():
             for step in range(ahead):
@@ -194,6 +207,8 @@ class Gemm:
 
     def _fetch(self, step: Any, slot: Any) -> None:
         tile, (batch, first_row, bn) = self.tile, self.where
+        if tile.split > 1:
+            batch, step = 0, batch * self.steps + step
         chunks = tile.depth // self.vector
         from_b = self.planes * tile.columns * chunks
 
@@ -233,7 +248,7 @@ class Gemm:
         conditions = []
         if not isinstance(self.rows, int) or self.rows % self.tile.rows:
             conditions.append(row < self.rows)
-        if self.a.depth % self.tile.depth:
+        if self.a.depth % (self.tile.depth * self.tile.split):
             conditions.append(k < self.a.depth)
         return all_of(conditions)
 

@@ -6,21 +6,26 @@ tensor cores (`gemm`).
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from tvm.tirx.script.builder import ir as I
 
 from tvm_structured.schedules.base import Config, Kernel
 from tvm_structured.schedules.cuda.dense_rows import emit_rows, pack_rows
 from tvm_structured.schedules.cuda.few_rows import Few
 from tvm_structured.schedules.cuda.gemm import Gemm, Operand, Tile, pack_operand
-from tvm_structured.schedules.cuda.products import MANY, few_space, matrix, numpy_type, prefers_few, tiles
-from tvm_structured.schedules.cuda.threads import multiple, scratch
+from tvm_structured.schedules.cuda.products import MANY, can_join, few_space, matrix, numpy_type, prefers_few, tiles
+from tvm_structured.schedules.cuda.threads import Threads, all_of, ceildiv, launch, multiple, scratch, under
 from tvm_structured.schedules.cuda.writer import RowWriter
 from tvm_structured.schedules.emit import arg, prim_func
 from tvm_structured.schedules.gpu import GpuSite
 from tvm_structured.structures.base import Structure
+
+THREADS = 128
 
 
 class LowRankKernel(Kernel):
@@ -36,7 +41,9 @@ class LowRankKernel(Kernel):
         ]
         many = [
             {"way": "many", "thin": thin, "wide": wide}
-            for thin, wide in longest(tiles(site, site.rows, rank), tiles(site, site.rows, out))
+            for thin, wide in longest(
+                tiles(site, site.rows, rank, depth=inner), tiles(site, site.rows, out, depth=rank)
+            )
         ]
         yield from [*few, *many] if prefers_few(site, 4 * MANY) else [*many, *few]
 
@@ -95,6 +102,36 @@ def product_of_many(
     tile, tensorize = Tile.of(config[stage]), config.get("tensorize", True)
     operand: Operand = matrix(x, inner, site.dtype)
     gemm = Gemm(tile, site.dtype, site.rows, writer.out, operand, weight, tensorize=tensorize)
-    gemm.emit(
-        lambda t, _, row, exists, column, values: writer.store_run(t, [v[0] for v in values], row, exists, column)
-    )
+    if tile.split == 1:
+
+        def store(t: Threads, _: Any, row: Any, exists: Any, column: Any, values: Any) -> None:
+            writer.store_run(t, [value[0] for value in values], row, exists, column)
+
+        gemm.emit(store)
+    elif tensorize and can_join(site, tile, tile.split, 1):
+
+        def join(t: Threads, load: Any, row: Any, exists: Any, column: Any) -> None:
+            total = functools.reduce(operator.add, [load(part, 0) for part in range(tile.split)])
+            writer.store(total, row, column, all_of([exists, column < writer.out]))
+
+        gemm.emit_joined(join)
+    else:
+        add_parts(gemm, tile.split, writer, tensorize)
+
+
+def add_parts(gemm: Gemm, count: int, writer: RowWriter, tensorize: bool) -> None:
+    """The parts of a split product through memory, added by a kernel of its own."""
+    rows, width = writer.site.rows, multiple(writer.out, 2)
+    parts = scratch((count, rows, width), "float32")
+
+    def store(t: Threads, part: Any, row: Any, exists: Any, column: Any, values: Any) -> None:
+        for j in range(2):
+            condition = all_of([exists, column + j < writer.out])
+            under(condition, lambda j=j: I.buffer_store(parts, values[j][0], [part, row, column + j]))
+
+    gemm.emit(store)
+    with launch((ceildiv(writer.out, THREADS), rows), THREADS, not tensorize) as (t, (bx, row)):
+        with t.last_stage():
+            column = bx * THREADS + t.tx
+            total = functools.reduce(operator.add, [parts[part, row, column] for part in range(count)])
+            writer.store(total, row, column, True if writer.out % THREADS == 0 else column < writer.out)

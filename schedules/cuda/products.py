@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,6 +27,9 @@ LARGE = (
 )
 LARGE_FLOAT32 = ((64, 64, 16, 2, 2, 3), (128, 64, 16, 4, 2, 3), (128, 128, 16, 4, 2, 3))
 FEW_ROWS = 32
+# of one multiprocessor and clock: bytes from L2, multiply-adds; clocks to start and end a block
+FETCH, TENSOR_FMAS, FMAS, BLOCK = 30, 1200, 100, 2000
+FEWEST_STEPS, USUAL_DEPTH = 4, 512
 MANY = 8  # rows from which tiles on tensor cores were measured to win (block-circulant 16, 4096 x 4096, H200)
 
 MOST_SUMS = 64  # in a thread's registers
@@ -53,27 +57,33 @@ def few_space(
                 yield (threads, g, together)
 
 
-def tiles(site: GpuSite, rows: Extent, columns: int, planes: int = 1, batches: int = 1) -> Iterator[tuple[int, ...]]:
-    """Tiles for a product of that size, the default first: as large as leaves every multiprocessor a block."""
+def tiles(
+    site: GpuSite, rows: Extent, columns: int, planes: int = 1, batches: int = 1, depth: int = 0
+) -> Iterator[tuple[int, ...]]:
+    """Tiles for a product of that size, the best first by a model of the card: bytes from L2, arithmetic, and a fixed
+    price for a block. Given its `depth`, a single product may also be split along it."""
     large = LARGE_FLOAT32 if site.dtype == "float32" else LARGE
-    registers = 64 if site.dtype == "float32" else 128  # for sums; float32 needs many for operands
-    fits = [
-        t
-        for t in (*SMALL, *large)
-        if Tile.of(t).shared_bytes(site.dtype, planes) <= site.gpu.dynamic_shared_memory
-        and t[0] * t[1] * planes // Tile.of(t).threads <= registers
-    ]
+    most = 64 if site.dtype == "float32" else 128  # sums of a thread; float32 needs many registers for operands
     count = rows if isinstance(rows, int) else 64
+    speed = FMAS if site.dtype == "float32" else TENSOR_FMAS
 
-    def blocks(tile: tuple[int, ...]) -> int:
-        return batches * -(-count // tile[0]) * -(-columns // tile[1])
+    def is_possible(tile: Tile) -> bool:
+        fits = tile.shared_bytes(site.dtype, planes) <= site.gpu.dynamic_shared_memory
+        fits = fits and tile.rows * tile.columns * planes // tile.threads <= most
+        splits = tile.split == 1 or (tile.steps(depth) >= FEWEST_STEPS and can_join(site, tile, tile.split, 1))
+        return fits and splits and (count > FEW_ROWS or tile.rows <= FEW_ROWS)
 
-    def cost(tile: tuple[int, ...]) -> tuple[float, int]:
-        waves = -(-blocks(tile) // site.gpu.multiprocessors)
-        return waves * (tile[0] * tile[1]) ** 0.5 * (1 + 64 / tile[0] + 64 / tile[1]), -tile[0] * tile[1]
+    def cost(tile: Tile) -> float:
+        blocks = batches * tile.split * -(-count // tile.rows) * -(-columns // tile.columns)
+        fetched = planes * (tile.rows + tile.columns) * tile.depth * BYTES[site.dtype] / FETCH
+        multiplied = planes**2 * tile.rows * tile.columns * tile.depth / speed
+        one = tile.steps(depth or USUAL_DEPTH) * (fetched + multiplied) + BLOCK * (2 if tile.split > 1 else 1)
+        return max(1.0, blocks / site.gpu.multiprocessors) * one
 
-    usable = [t for t in fits if count > FEW_ROWS or t[0] <= 32]
-    yield from sorted(usable, key=cost)
+    ways = [Tile.of((*t, split)) for t in (*SMALL, *large) for split in ((1, 2, 4, 8) if depth else (1,))]
+    # those that split come behind: they need clusters
+    for tile in sorted((way for way in ways if is_possible(way)), key=lambda tile: (tile.split > 1, cost(tile))):
+        yield dataclasses.astuple(tile)
 
 
 def can_join(site: GpuSite, tile: Tile, batches: int, planes: int) -> bool:

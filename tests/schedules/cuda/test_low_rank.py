@@ -37,3 +37,10 @@ def test_every_configuration_and_symbolic_rows(rows: int) -> None:
     structure = member(70, 304, 9)
     for config in every_config(structure, cuda_site(structure, rows))[::5]:
         check_on_cpu(structure, rows, config=config, symbolic=True)
+
+
+@pytest.mark.parametrize(("rows", "split"), [(20, 4), (33, 8)])
+def test_products_split_along_k(rows: int, split: int) -> None:
+    structure = member(45, 1030, 12)
+    tiles = {"thin": (16, 64, 64, 1, 4, 4, split), "wide": (16, 64, 64, 1, 4, 4, 2)}
+    check_on_cpu(structure, rows, dtype="float16", config={"way": "many", **tiles}, epilogue=EVERYTHING)
