@@ -189,7 +189,7 @@ def transposed_convolution(quantizer: Any, var: Any) -> Made:
     constants = (relax.const(np.ascontiguousarray(by_input.reshape(weight.shape))), *made.constants[1:])
     made = replace(
         made, op="conv2d_transpose", inputs=(x.expr,), constants=constants, low=low, groups=groups,
-        layer=quantizer.names[var], strides=integers(attrs.strides), padding=integers(attrs.padding),
+        layer="conv2d_transpose", strides=integers(attrs.strides), padding=integers(attrs.padding),
         output_padding=integers(attrs.output_padding),
     )  # fmt: skip
     return (made.to_relax(), scale) if made.output_shape() == static_shape(var) else None

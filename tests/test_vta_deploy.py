@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 import tvm
 from click.testing import CliRunner
+from quantized_samples import resnet18
 from torch import nn
 from torch.nn import functional
 
@@ -171,3 +173,21 @@ class in_folder:
 def test_bad_options_are_named(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         ts.compile(Small().eval(), (torch.ones(1, 3, 9, 11),), **{"target": "vta", **options})
+
+
+@pytest.mark.slow
+def test_resnet18_is_exact_and_runs_in_seconds() -> None:
+    """224 x 224, random weights: one region, equal to its integers on the CPU, near the float network."""
+    torch.manual_seed(0)
+    net, x = resnet18().eval(), torch.randn(1, 3, 224, 224)
+    integers = ts.quantize(net, (x,), torch.randn(4, 3, 224, 224))
+    compiled = ts.compile(integers, target="vta")
+    start = time.perf_counter()
+    found = compiled(x.numpy())
+    assert time.perf_counter() - start < 10
+    np.testing.assert_array_equal(found, ts.compile(integers, target="host", measure=False)(x.numpy()))
+    stats = compiled.vta_stats()
+    assert (len(stats.layers), {layer.region for layer in stats.layers}) == (23, {0})
+    assert stats.utilisation > 0.75
+    exact = net(x).detach().numpy()
+    assert np.linalg.norm(found - exact) < 0.03 * np.linalg.norm(exact)

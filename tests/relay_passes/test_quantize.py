@@ -11,37 +11,13 @@ import torch
 from graph_harness import operators
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quantized_samples import Network
 from torch import nn
-from torch.nn import functional
 
 import tvm_structured as ts
 from tvm_structured.relay_passes.integer_scales import LARGEST_SUM, fit_channels, fit_scale, to_int8
 
 RNG = np.random.default_rng(0)
-
-
-class Network(nn.Module):
-    """Odd sizes, a residual, pools of every kind, a sum of two branches, groups, a transposed convolution."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.norm = nn.Conv2d(3, 20, 3, padding=1, bias=False), nn.BatchNorm2d(20)
-        self.inner = nn.Conv2d(20, 20, 3, padding=1)
-        self.down = nn.Conv2d(20, 33, 3, stride=2, padding=1)
-        self.left, self.right = nn.Conv2d(33, 36, 1), nn.Conv2d(33, 36, 3, padding=1, groups=3)
-        self.up = nn.ConvTranspose2d(36, 12, 3, stride=2, padding=1, output_padding=1)
-        self.out = nn.Linear(12, 10)
-        self.norm.running_var.uniform_(0.5, 2)
-        self.norm.running_mean.uniform_(-0.5, 0.5)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = functional.relu(self.norm(self.stem(x)))
-        x = functional.max_pool2d(x, 3, 2, 1)
-        x = functional.relu(self.inner(x) + x)
-        x = functional.relu6(self.down(x))
-        x = functional.relu(functional.avg_pool2d(self.left(x), 2) + functional.avg_pool2d(self.right(x), 2))
-        x = functional.relu(self.up(x))
-        return self.out(functional.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
 def relative_error(found: Any, expected: torch.Tensor) -> float:
