@@ -40,7 +40,9 @@ def int8(rng: np.random.Generator, *shape: int) -> np.ndarray:
 def requantize(rng: np.random.Generator, channels: int) -> Requantize:
     """One of the forms that the ALU can take, keeping results of a few thousand apart."""
     shift = int(rng.integers(0, 9))
-    kind = int(rng.integers(4))
+    kind = int(rng.integers(5))
+    if kind == 4:
+        return Requantize(0, rng.integers(1, 9, channels).astype(np.int32), shift + 8)
     if kind == 0:
         return Requantize(shift=shift + 4, low=int(rng.integers(-128, 1)), high=int(rng.integers(1, 128)))
     if kind == 1:

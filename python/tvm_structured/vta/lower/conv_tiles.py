@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from tvm_structured.vta.config import Memory, VTAConfig
 from tvm_structured.vta.lower.builder import MOST_ITERATIONS
-from tvm_structured.vta.lower.epilogue import Epilogue
+from tvm_structured.vta.lower.epilogue import Steps
 from tvm_structured.vta.lower.schedule import Schedule, best_first, extents, slot_count, slots_needed
 from tvm_structured.vta.operators.base import Weighted
 from tvm_structured.vta.operators.windows import Padding, Pair
@@ -31,6 +31,10 @@ class ConvTiles:
     padding: Padding
     pairs: NDArray[np.bool_]
     cuts: dict[Pair, tuple[int, int]] = field(default_factory=dict, repr=False)  # what `_cut` found
+
+    @cached_property
+    def steps(self) -> Steps:
+        return Steps.of(self.layer)
 
     @cached_property
     def is_full(self) -> bool:
@@ -105,7 +109,7 @@ class ConvTiles:
 
     def fits(self, s: Schedule) -> bool:
         parts, (height, width) = self.parts(s), self.window(s)
-        acc = self.config.depth(Memory.ACC) - Epilogue.vectors(self.layer) * s.out
+        acc = self.config.depth(Memory.ACC) - self.steps.vectors * s.out
         tile = s.out * s.rows * s.columns * (2 if self.layer.residual is not None else 1)
         inputs = slots_needed(s.threads, parts["steps"] * parts["pixels"] * parts["out"])
         return (

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from tvm_structured.vta.config import Memory, VTAConfig
 from tvm_structured.vta.lower.builder import MOST_ITERATIONS, Builder, Slots, tiles
-from tvm_structured.vta.lower.epilogue import AccTile, Epilogue
+from tvm_structured.vta.lower.epilogue import AccTile, Epilogue, Steps
 from tvm_structured.vta.lower.layout import Layout
 from tvm_structured.vta.lower.problem import Problem, check_values
 from tvm_structured.vta.lower.schedule import Schedule, best_first, extents, slot_count, slots_needed
@@ -33,6 +34,10 @@ class Product(Problem):
     def name(self) -> str:  # type: ignore[override]
         return self.layer.name
 
+    @cached_property
+    def steps(self) -> Steps:
+        return Steps.of(self.layer)
+
     @property
     def spare(self) -> int:
         """Copies of a tile in ACC beside the sums."""
@@ -42,7 +47,7 @@ class Product(Problem):
         m = self.matrix
         chunks = -(-m.columns // s.inner) * -(-self.rows // s.rows)
         weights = chunks * -(-m.rows // s.out)
-        acc = self.config.depth(Memory.ACC) - Epilogue.vectors(self.layer) * s.out
+        acc = self.config.depth(Memory.ACC) - self.steps.vectors * s.out
         return (
             s.rows * s.inner * slots_needed(s.threads, chunks) <= self.config.depth(Memory.INP)
             and self.most_tiles(s) * slots_needed(s.threads, weights) <= self.config.depth(Memory.WGT)
@@ -102,13 +107,13 @@ def emit_product(b: Builder, product: Product, s: Schedule, sources: Sequence[st
     """Instructions of the product, from the regions `sources` to region `target`."""
     m, layer = product.matrix, product.layer
     product.check_fits(product.fits(s), s)
-    vectors = Epilogue.vectors(layer)
+    vectors = product.steps.vectors
     kept = vectors * s.out
     size = s.rows * s.out * (1 + product.spare)
     accs = Slots(kept, size, s.threads)
     inp_slots, wgt_slots = product.slots(s)
     inps, wgts = Slots(0, s.rows * s.inner, inp_slots), Slots(0, product.most_tiles(s), wgt_slots)
-    epilogue = Epilogue(b, layer, Slots(0, s.out, vectors), m.rows)
+    epilogue = Epilogue(b, layer, product.steps, Slots(0, s.out, vectors))
 
     def inputs(row: int, rows: int, column: int, columns: int) -> int:
         start, is_present = inps.take((row, column))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -68,39 +69,53 @@ def clip(b: Builder, tile: AccTile, low: int, high: int, bound: int = 1 << 31) -
         immediate(b, tile, "MIN", high)
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
+class Steps:
+    """((acc + added) >> pre_shift) * multiplier + added_after >> shift, one number for each channel.
+
+    `is_rounded`: `added_after` has the rounding of `shift`. |result| with the residual is at most `bound`.
+    """
+
+    added: Integers
+    pre_shift: int
+    multiplier: Integers
+    added_after: Integers
+    shift: int
+    is_rounded: bool
+    bound: int
+
+    @classmethod
+    def of(cls, layer: Weighted) -> Steps:
+        q, bound = layer.requantize, layer.acc_bound()
+        multiplier = np.broadcast_to(np.asarray(q.multiplier, np.int64), bound.shape)
+        bias = np.zeros(bound.shape, np.int64) if layer.bias is None else layer.bias.astype(np.int64)
+        largest = int((bound * np.abs(multiplier)).max()) + rounding(q.shift)
+        # with no shift before the multiplication it may come first, and bias and rounding are one addition
+        is_rounded = q.pre_shift == 0 and layer.bias is not None and largest <= LARGEST_ACC
+        added, after = bias + rounding(q.pre_shift), np.zeros(bound.shape, np.int64)
+        if is_rounded:
+            added, after = after, bias * multiplier + rounding(q.shift)
+        most = int(q.check(layer.name, bound).max()) + (0 if layer.residual is None else layer.residual.bound)
+        return cls(added, q.pre_shift, multiplier, after, q.shift, is_rounded, most)
+
+    @cached_property
+    def vectors(self) -> int:
+        """Kinds of constants that are no immediates."""
+        return sum(not is_immediate(values) for values in (self.added, self.multiplier, self.added_after))
+
+
+def is_immediate(values: Integers) -> bool:
+    return bool((values == values[0]).all()) and abs(int(values[0])) <= LARGEST_IMMEDIATE
+
+
+@dataclass(frozen=True, eq=False)
 class Epilogue:
     """The steps after the sums of one layer. Vectors of constants are kept in slots of ACC."""
 
     builder: Builder
     layer: Weighted
+    steps: Steps
     slots: Slots
-    blocks: int  # of output channels
-    bias: Integers = field(init=False)
-    multiplier: Integers = field(init=False)
-    pre_shift: int = field(init=False)
-    shift: int = field(init=False)
-    bound: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        layer, q = self.layer, self.layer.requantize
-        self.pre_shift, self.shift = q.pre_shift, q.shift
-        channels = layer.out_channels
-        self.multiplier = np.broadcast_to(np.asarray(q.multiplier, np.int64), (channels,))
-        room = LARGEST_ACC - int(layer.acc_bound().max())
-        if self.pre_shift == 0 and (self.multiplier == 1).all() and rounding(self.shift) <= room:
-            self.pre_shift, self.shift = self.shift, 0  # one shift, whose rounding joins the bias
-        bias = np.zeros(channels, np.int64) if layer.bias is None else layer.bias.astype(np.int64)
-        self.bias = bias + rounding(self.pre_shift)
-        self.bound = int(q.check(layer.name, layer.acc_bound()).max())
-        if layer.residual is not None:
-            self.bound += layer.residual.bound
-
-    @staticmethod
-    def vectors(layer: Weighted) -> int:
-        """Kinds of constant vectors that a layer needs, at most."""
-        return int(layer.bias is not None) + int(not layer.requantize.is_scalar or abs(int(np.max(np.abs(
-            np.asarray(layer.requantize.multiplier, np.int64))))) > LARGEST_IMMEDIATE)  # fmt: skip
 
     def __call__(
         self, tile: AccTile, first_block: int, load_residual: Callable[[int], None] | None = None, spare: int = 0
@@ -108,22 +123,24 @@ class Epilogue:
         """On the sums of output blocks `first_block` and on. `load_residual(spare)` loads the second input to ACC
         from element `spare`, laid out as the tile."""
         b, q = self.builder, self.layer.requantize
-        self._vector("ADD", self.bias, 0, tile, first_block)
-        shift_right(b, tile, self.pre_shift, is_rounded=True)
-        self._vector("MUL", self.multiplier, 1, tile, first_block)
-        shift_right(b, tile, self.shift)
+        steps = self.steps
+        self._vector("ADD", steps.added, 0, tile, first_block)
+        shift_right(b, tile, steps.pre_shift, is_rounded=True)
+        self._vector("MUL", steps.multiplier, 1, tile, first_block)
+        self._vector("ADD", steps.added_after, 0, tile, first_block)
+        shift_right(b, tile, steps.shift, steps.is_rounded)
         if self.layer.residual is not None and load_residual is not None:
             load_residual(spare)
             other = AccTile(spare, tile.channels, tile.channel_stride, tile.pixels, tile.pixel_stride)
             scale(b, other, self.layer.residual)
             b.alu("ADD", tile.first, spare, *tile.loops())
-        clip(b, tile, q.low, q.high, self.bound)
+        clip(b, tile, q.low, q.high, steps.bound)
 
     def _vector(self, operation: str, values: Integers, neutral: int, tile: AccTile, first_block: int) -> None:
         """One value for each channel: an immediate where all are equal, else a vector for each block."""
         block = self.builder.config.block
         part = values[first_block * block : (first_block + tile.channels) * block]
-        if (part == part[0]).all() and abs(int(part[0])) <= LARGEST_IMMEDIATE:
+        if is_immediate(part):
             if part[0] != neutral:
                 immediate(self.builder, tile, operation, int(part[0]))
             return
