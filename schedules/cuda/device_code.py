@@ -38,6 +38,7 @@ __device__ __forceinline__ void ts_push(void* place, int rank, float a, float b)
 COPY = once(
     "TS_COPY",
     r"""
+#if __CUDA_ARCH__ >= 800
 __device__ __forceinline__ void ts_copy16(void* to, const void* from, bool valid) {
   unsigned address = (unsigned)__cvta_generic_to_shared(to);
   int bytes = valid ? 16 : 0;
@@ -47,6 +48,13 @@ __device__ __forceinline__ void ts_commit() { asm volatile("cp.async.commit_grou
 template <int N> __device__ __forceinline__ void ts_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
+#else
+__device__ __forceinline__ void ts_copy16(void* to, const void* from, bool valid) {
+  *(uint4*)to = valid ? *(const uint4*)from : make_uint4(0, 0, 0, 0);
+}
+__device__ __forceinline__ void ts_commit() {}
+template <int N> __device__ __forceinline__ void ts_wait() {}
+#endif
 """,
 )
 
@@ -58,6 +66,7 @@ __device__ __forceinline__ void ts_ldmatrix(unsigned* r, const void* from) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address));
 }
+#if __CUDA_ARCH__ >= 800
 template <bool BF16> __device__ __forceinline__ void ts_mma1(float* c, const unsigned* a, const unsigned* b) {
   if constexpr (BF16)
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
@@ -68,6 +77,14 @@ template <bool BF16> __device__ __forceinline__ void ts_mma1(float* c, const uns
                  "{%0, %1, %2, %3};" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
+#else  // sm_75 has half of it, and no bfloat16
+template <bool BF16> __device__ __forceinline__ void ts_mma1(float* c, const unsigned* a, const unsigned* b) {
+#pragma unroll
+  for (int k = 0; k < 2; ++k)
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[2 * k]), "r"(a[2 * k + 1]), "r"(b[k]));
+}
+#endif
 template <int NI, int LD> __device__ __forceinline__ void ts_load_b(unsigned (*f)[2], const void* from) {
   int lane = threadIdx.x & 31;
   const unsigned short* b = (const unsigned short*)from;

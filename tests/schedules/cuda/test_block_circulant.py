@@ -20,13 +20,13 @@ def member(out: int, inner: int, block: int, taps: int = 1) -> Any:
     return BlockCirculant((out, inner), taps, c.astype(np.float32))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize(
     ("out", "inner", "block", "taps"),
     [(48, 64, 8, 1), (30, 50, 5, 1), (40, 36, 16, 2), (3, 2, 2, 1)],
 )
 @pytest.mark.parametrize("rows", [1, 3, 20])
-def test_equals_the_matrix(dtype: str, out: int, inner: int, block: int, taps: int, rows: int) -> None:
+def test_equals_the_matrix(out: int, inner: int, block: int, taps: int, rows: int) -> None:
+    dtype = ("float32", "float16", "bfloat16")[(rows + block) % 3]
     options = {"dtype": dtype, "epilogue": EVERYTHING, "allocate": guarded_buffer}
     check_on_cpu(member(out, inner, block, taps), rows, **options)
 

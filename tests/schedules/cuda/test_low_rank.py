@@ -20,10 +20,10 @@ def member(out: int, inner: int, rank: int) -> Any:
     return LowRank((out, inner), u.astype(np.float32), v.astype(np.float32))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize(("out", "inner", "rank"), [(1, 1, 1), (50, 33, 3), (300, 512, 17)])
 @pytest.mark.parametrize("rows", [1, 3, 70])
-def test_low_rank_equals_the_two_products(dtype: str, out: int, inner: int, rank: int, rows: int) -> None:
+def test_low_rank_equals_the_two_products(out: int, inner: int, rank: int, rows: int) -> None:
+    dtype = ("float32", "float16", "bfloat16")[(rows + rank) % 3]
     check_on_cpu(member(out, inner, rank), rows, dtype=dtype, epilogue=EVERYTHING, allocate=guarded_buffer)
 
 
