@@ -41,11 +41,9 @@ def operator_of(calls: Sequence[QuantizedCall]) -> Operator | None:
 
 
 def is_takeable(call: QuantizedCall) -> bool:
-    """Of static shape and without dilation."""
+    """Of static shape."""
     shapes = [static_shape(operand) for operand in call.inputs]
-    return set(call.dilation) == {1} and all(
-        shape is not None and all(isinstance(extent, int) for extent in shape) for shape in shapes
-    )
+    return all(shape is not None and all(isinstance(extent, int) for extent in shape) for shape in shapes)
 
 
 def weighted(call: QuantizedCall) -> dict[str, Any]:
@@ -91,7 +89,18 @@ def order(lead: int, middle: int, trail: int) -> Array:
 
 
 def conv2d(call: QuantizedCall) -> Operator:
-    return Int8Conv2d(call.weight(), **weighted(call), stride=call.strides, padding=call.padding, groups=call.groups)
+    geometry = {"stride": call.strides, "padding": call.padding, "groups": call.groups}
+    return Int8Conv2d(spread(call.weight(), call.dilation), **weighted(call), **geometry)
+
+
+def spread(weight: Array, dilation: tuple[int, ...]) -> Array:
+    """A dilated kernel as a larger one with zeros in it."""
+    if set(dilation) == {1}:
+        return weight
+    extents = [(size - 1) * d + 1 for size, d in zip(weight.shape[2:], dilation, strict=True)]
+    larger = np.zeros((*weight.shape[:2], *extents), np.int8)
+    larger[:, :, :: dilation[0], :: dilation[1]] = weight
+    return larger
 
 
 def conv2d_transpose(call: QuantizedCall) -> Operator:

@@ -143,6 +143,8 @@ def test_the_command_compiles_for_the_accelerator(samples: torch.Tensor, tmp_pat
         done = CliRunner().invoke(cli, [*arguments, "--calibration", "samples.npy", "--vta-config", "vta.json"])
         assert done.exit_code == 0, done.output
         assert "inner.weight" in done.output and "cycles" in done.output
+        ran = CliRunner().invoke(cli, ["run", "model.so"])
+        assert "1 runs counted" in ran.output and "inner.weight" in ran.output
         module = ts.load("model.so")
     assert module.metadata["vta"]["config"]["LOG_BLOCK"] == 3
 

@@ -179,6 +179,8 @@ def run(library: Path, inputs: tuple[str, ...], output: Path | None, timed: bool
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     for index, array in enumerate(outputs):
         click.echo(f"output {index}: {array.dtype}{list(array.shape)} min {array.min():.6g} max {array.max():.6g}")
+    if "vta" in module.metadata:
+        click.echo(str(module.vta_stats()))
     if timed:
         click.echo(f"median {module.time(**arrays) * 1e3:.4f} ms")
     if output is not None:

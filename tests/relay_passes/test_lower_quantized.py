@@ -46,6 +46,9 @@ def weighted(op: str, x: tuple[int, ...], weight: tuple[int, ...], outs: int, **
             weighted("conv2d", (1, 6, 8, 5), (4, 3, 2, 3), 4, strides=(2, 1), padding=(0, 2, 1, 0), groups=2),
             id="conv-groups",
         ),
+        pytest.param(
+            weighted("conv2d", (1, 3, 9, 8), (5, 3, 3, 2), 5, padding=(2,) * 4, dilation=(2, 3)), id="dilated"
+        ),
         pytest.param(weighted("conv2d", (1, 6, 5, 5), (6, 1, 3, 3), 6, padding=(1,) * 4, groups=6), id="depthwise"),
         pytest.param(
             weighted("conv2d_transpose", (2, 4, 3, 5), (4, 3, 3, 2), 3, strides=(2, 3), padding=(1, 0, 0, 1)),
