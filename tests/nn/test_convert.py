@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tvm_structured.errors import BudgetError, ModelError, PlanError
-from tvm_structured.nn import Structured, StructuredConv2d, StructuredLinear, convert, convertible_layers
+from tvm_structured.nn import Structured, StructuredConv2d, StructuredLinear, convert, convertible_layers, to_dense
 from tvm_structured.nn.calibration import input_moments
 from tvm_structured.planning import Plan, Requested
 from tvm_structured.structures import STRUCTURES, Budget, Unstructured, as_layer
@@ -266,6 +266,29 @@ def test_a_member_of_another_shape_is_refused():
     member = STRUCTURES["low_rank"].from_dense(weight_of(model, "5"), rank=2)
     with pytest.raises(ModelError, match=r"4.weight: the low_rank member has shape \(16, 24\)"):
         convert(model, {"4": member})
+
+
+@pytest.mark.parametrize("padding", [1, (0, 1, 2, 1), "same"])
+def test_plain_layers_again_compute_the_same(padding):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        StructuredConv2d(4, 8, 3, "block_circulant", padding=padding, block=4),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        StructuredLinear(32, 12, "low_rank", bias=False, rank=3),
+        StructuredLinear(12, 5, "low_rank", rank=2),
+    ).eval()
+    model[4].u.requires_grad_(False)
+    plain, x = to_dense(model), torch.randn(3, 4, 7, 6)
+    assert structured(model) and not structured(plain)
+    torch.testing.assert_close(plain(x), model(x), rtol=1e-4, atol=1e-5)
+    assert not plain[4].weight.requires_grad and plain[5].weight.requires_grad and not plain.training
+    assert plain[4].bias is None
+    member = STRUCTURES["low_rank"].detect(plain[5].weight.detach())
+    assert member is not None and member.rank == 2
+    lone = to_dense(StructuredLinear(8, 6, "low_rank", rank=2))
+    assert type(lone) is nn.Linear
 
 
 def test_a_model_without_layers_is_refused():

@@ -5,6 +5,7 @@
     recover(model, dense, data) layer by layer, on unlabelled data
     fine_tune(model, data)      the whole network, with labels or a teacher
     module.to_structure()       the trained member, exactly
+    to_dense(model)             plain layers again
 
 Importing this package also registers the torch operators that `torch.export.load` needs for a saved program.
 """
@@ -20,7 +21,7 @@ except ImportError:
         "tvm_structured.nn needs torch, which is not installed; run: pip install 'tvm-structured[torch]'"
     ) from None
 
-from tvm_structured.nn.convert import convert, convertible_layers
+from tvm_structured.nn.convert import convert, convertible_layers, to_dense
 from tvm_structured.nn.fine_tune import FineTuning, fine_tune
 from tvm_structured.nn.recover import Recovery, recover
 from tvm_structured.nn.structured import Structured, StructuredConv2d, StructuredLinear
@@ -35,4 +36,5 @@ __all__ = [
     "convertible_layers",
     "fine_tune",
     "recover",
+    "to_dense",
 ]

@@ -1,4 +1,7 @@
-"""convert: a model's nn.Linear and nn.Conv2d layers --> structured layers that start from their projections."""
+"""convert: a model's nn.Linear and nn.Conv2d layers --> structured layers that start from their projections.
+
+to_dense: structured layers --> plain ones of the same weights.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from tvm_structured.errors import BudgetError, ModelError, PlanError
@@ -65,6 +69,41 @@ def convert(model: nn.Module, choices: Any, *, calibration: Any = None, inplace:
     if not chosen and not isinstance(choices, Mapping):
         raise BudgetError(f"no layer of {type(model).__name__} has a structure within {choices}; allow more")
     return replace_modules(model, chosen)
+
+
+def to_dense(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """The same network with plain nn.Linear and nn.Conv2d layers; a copy unless `inplace`.
+
+    For tools that know only these. Compiled, a structured layer is used as it is; of the dense network `ts.compile`
+    finds the structures again and uses each only where it was measured to be faster than the dense layer.
+    """
+    if not inplace:
+        model = copy.deepcopy(model)
+    return replace_modules(model, {id(m): plain_twin(m) for m in model.modules() if isinstance(m, Structured)})
+
+
+def plain_twin(module: Any) -> nn.Module:
+    """A plain module in the place of a structured one."""
+    weight, has_bias = module.dense_weight().detach(), module.bias is not None
+    twin: Any
+    if isinstance(module, StructuredConv2d):
+        top, left, bottom, right = module.padding
+        even = (top, left) == (bottom, right)
+        geometry = {"stride": module.stride, "padding": (top, left) if even else 0, "dilation": module.dilation}
+        twin = nn.Conv2d(module.in_channels, module.out_channels, module.kernel_size, bias=has_bias, **geometry)
+    else:
+        even = True
+        twin = nn.Linear(module.in_features, module.out_features, bias=has_bias)
+    twin.to(device=weight.device, dtype=weight.dtype)
+    with torch.no_grad():
+        twin.weight.copy_(weight)
+        if has_bias:
+            twin.bias.copy_(module.bias)
+    for name, parameter in twin.named_parameters():
+        like = module.bias if name == "bias" else getattr(module, module.trainable_names[0])
+        parameter.requires_grad_(like.requires_grad)
+    twin.train(module.training)
+    return twin if even else nn.Sequential(nn.ZeroPad2d((left, right, top, bottom)), twin)
 
 
 def convertible_layers(model: nn.Module) -> dict[str, nn.Module]:
