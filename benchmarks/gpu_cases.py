@@ -129,17 +129,22 @@ def compile_case(folder: Path, case: Case, arch: str, configs: int) -> list[dict
     import itertools
 
     from tvm_structured.schedules.cuda import CUDA_KERNELS
+    from tvm_structured.schedules.cuda.dense import MOST_ROWS
     from tvm_structured.targets import resolve_target
 
     target, member = resolve_target({"kind": "cuda", "arch": arch}), member_of(case)
-    if case.family == "dense":
+    if case.family == "dense" and case.rows > MOST_ROWS:  # as `target="cuda"` does
         return [compile_one(folder, case, target, {"by": "TVM's rules"}, 0, *dense_function(case, target, member))]
     kernel, site = CUDA_KERNELS[case.family], site_of(case, target)
-    entries = []
+    entries: list[dict[str, Any]] = []
     for index, config in enumerate(itertools.islice(kernel.configs(member, site), configs)):
-        packed = kernel.pack(member, site, config)
-        func = kernel.prim_func(member, site, config)
-        entries.append(compile_one(folder, case, target, config, index, func, list(packed.values())))
+        try:
+            packed = kernel.pack(member, site, config)
+            func = kernel.prim_func(member, site, config)
+            entries.append(compile_one(folder, case, target, config, index, func, list(packed.values())))
+        except Exception as error:  # TVM raises several kinds; the other configurations may do
+            failed = {"case": asdict(case), "config": repr(config), "config_index": index}
+            entries.append({**failed, "error": f"{type(error).__name__}: {error}"[:300]})
     return entries
 
 

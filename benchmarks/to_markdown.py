@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_convs
+import bench_gpu
 import bench_layers
 import bench_models
 import bench_tuning
@@ -24,7 +25,8 @@ def main(paths: Sequence[Path]) -> None:
     """Print one table for each file."""
     for path in paths:
         document = json.loads(path.read_text(encoding="utf-8"))
-        about = ", ".join(f"{key} {value}" for key, value in document["machine"].items())
+        machine = document.get("machine") or document["card"]
+        about = ", ".join(f"{key} {value}" for key, value in machine.items())
         click.echo(f"{path.stem}: {about}\n")
         for headings, rows in tables(document["rows"]):
             click.echo("\n".join([line(headings), line(["---"] * len(headings)), *map(line, rows)]) + "\n")
@@ -41,6 +43,8 @@ def tables(rows: list[dict[str, Any]]) -> list[tuple[Sequence[str], list[Sequenc
         return [(["milliseconds", *bench_models.COLUMNS], times), (bench_models.RATIOS, ratios)]
     if "tuned_layer" in rows[0]:
         return [(bench_tuning.HEADINGS, [bench_tuning.cells(row) for row in rows])]
+    if "case" in rows[0]:
+        return [(bench_gpu.HEADINGS, [bench_gpu.cells(row) for row in rows])]
     bench = bench_convs if "algorithm" in rows[0] else bench_layers
     return [(bench.HEADINGS, [bench.cells(row) for row in rows])]
 

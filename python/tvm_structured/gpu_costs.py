@@ -20,11 +20,15 @@ ROUNDS = 7
 USUAL_L2 = 50 * 1024 * 1024  # bytes, where the driver does not tell
 LAUNCH = 2.5e-6  # seconds for a kernel that does nothing, within a stream of others
 # of a multiprocessor: multiply-adds on tensor cores and on ordinary ones, operations a second that kernels reach
-HALF_FLOPS, FLOAT_FLOPS = 2e12, 0.25e12
+HALF_FLOPS, FLOAT_FLOPS = 2e12, 0.3e12
 BANDWIDTH = {70: 0.8e12, 75: 0.3e12, 80: 1.4e12, 86: 0.8e12, 89: 0.9e12, 90: 2.6e12, 100: 6e12}  # bytes a second
-# share of that which kernels of a form reach, roughly, and the launches they take
-EFFICIENCY = {"block_circulant": 0.3, "permuted_diagonal": 0.2, "tensor_train": 0.4, "winograd": 0.5}
-LAUNCHES = {"low_rank": 2, "block_circulant": 2, "winograd": 3}
+# shares of that which kernels of a form were measured to reach with 512 rows (docs/benchmarks_gpu.md), and their launches
+HALF_EFFICIENCY = {
+    "dense": 0.9, "block_circulant": 0.4, "permuted_diagonal": 0.35, "low_rank": 0.4, "tensor_train": 0.2, "winograd": 0.15,
+}  # fmt: skip
+FLOAT_EFFICIENCY = {"dense": 0.4, "winograd": 0.2}
+USUAL_EFFICIENCY = 0.5  # of the other forms in float32
+LAUNCHES = {"low_rank": 2, "tensor_train": 4, "winograd": 3}
 
 
 def predict_on_gpu(call: LayerCall, structure: Structure, gpu: Gpu) -> float:
@@ -34,10 +38,13 @@ def predict_on_gpu(call: LayerCall, structure: Structure, gpu: Gpu) -> float:
     out, inner = structure.shape
     flops = structure.flops(rows) if has_kernel else 2 * rows * out * inner
     params = structure.num_params if has_kernel else out * inner
-    peak = gpu.multiprocessors * (HALF_FLOPS if gpu.has_tensor_cores(str(call.x.ty.dtype)) else FLOAT_FLOPS)
+    if gpu.has_tensor_cores(str(call.x.ty.dtype)):
+        rate = HALF_FLOPS * HALF_EFFICIENCY.get(structure.name, 0.3)
+    else:
+        rate = FLOAT_FLOPS * FLOAT_EFFICIENCY.get(structure.name, USUAL_EFFICIENCY)
     moved = size * (params + rows * (out + inner))
     bandwidth = BANDWIDTH[max((c for c in BANDWIDTH if c <= gpu.capability), default=70)]
-    work = max(flops / (peak * EFFICIENCY.get(structure.name, 0.6)), moved / bandwidth)
+    work = max(flops / (gpu.multiprocessors * rate), moved / bandwidth)
     return LAUNCH * (LAUNCHES.get(structure.name, 1) if has_kernel else 1) + work
 
 
