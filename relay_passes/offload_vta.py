@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ from tvm_structured.vta.operators import Operator
 from tvm_structured.vta.region import Region as Placement
 from tvm_structured.vta.region import Step
 from tvm_structured.vta.region_funcs import begin_func, count_func, end_func, state_shapes
+from tvm_structured.vta.tuning import ScheduleStore, tune
 from tvm_structured.vta_stats import COUNTED
 
 VIEWS = ("relax.reshape", "relax.squeeze", "relax.flatten", "relax.expand_dims")
@@ -49,16 +51,19 @@ Lower = Callable[[Operator, list[tuple[int, ...]], VTAConfig], Lowered]
 class OffloadVta:
     """For one configuration, simulated on a CPU target. Afterwards `placements` are the regions, in order.
 
+    trials: schedules to try for every operator, by modelled cycles; what was found is kept in a file. 0: the defaults.
+
     Raises VTAError for a configuration whose values are not 8 bits wide.
     """
 
-    def __init__(self, config: VTAConfig, target: Any, lower: Lower = lower) -> None:
+    def __init__(self, config: VTAConfig, target: Any, trials: int = 0) -> None:
         if config.inp_bits != 8 or config.wgt_bits != 8:
             raise VTAError(
                 f"LOG_INP_WIDTH={config.log_inp_width}, LOG_WGT_WIDTH={config.log_wgt_width}: models are quantized to "
                 "8 bits; use a configuration with both widths 3"
             )
-        self.config, self.target, self.lower = config, target, lower
+        self.config, self.target = config, target
+        self.lower: Lower = partial(lower_tuned, trials=trials, store=ScheduleStore()) if trials else lower
         self.placements: list[Placement] = []
 
     def transform_module(self, mod: Any, ctx: Any) -> Any:
@@ -73,6 +78,13 @@ class OffloadVta:
         variable = builder.add_func(counted.with_attr("global_symbol", COUNTED), COUNTED)
         builder.update_func(mod.get_global_var("main"), first_result(variable, counted, function))
         return relax.transform.Normalize()(builder.get())
+
+
+def lower_tuned(
+    operator: Operator, shapes: list[tuple[int, ...]], config: VTAConfig, trials: int, store: ScheduleStore
+) -> Lowered:
+    """The program with the fewest modelled cycles of `trials`."""
+    return lower(operator, shapes, config, tune(operator, shapes, config, trials, store=store).schedule)
 
 
 def first_result(variable: Any, counted: Any, function: Any) -> Any:

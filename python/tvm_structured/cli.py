@@ -94,6 +94,7 @@ def plan(
     "--calibration", type=click.Path(path_type=Path), help="Samples (.npy, or .npz by input): compute in int8."
 )
 @click.option("--vta-config", type=click.Path(path_type=Path), help="JSON of the accelerator, for --target vta.")
+@click.option("--vta-trials", default=0, help="Schedules to try for every program of the accelerator.")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The library to write (.so).")
 def compile_command(
     model: Path,
@@ -107,6 +108,7 @@ def compile_command(
     database: Path | None,
     calibration: Path | None,
     vta_config: Path | None,
+    vta_trials: int,
     output: Path,
 ) -> None:
     """Compile a model to a shared library and print the report."""
@@ -122,6 +124,7 @@ def compile_command(
         measure,
         calibration=None if calibration is None else read_samples(calibration),
         vta_config=vta_config,
+        vta_trials=vta_trials,
     )
     compiled.export(output)
     click.echo(str(compiled.report()))

@@ -39,6 +39,7 @@ def compile(
     quantization: Quantization | None = None,
     cuda_graph: bool = True,
     vta_config: Any = None,
+    vta_trials: int = 0,
 ) -> Compiled:
     """Compile a model with structured layers.
 
@@ -56,6 +57,7 @@ def compile(
     the result is near the model's only, see `quantize`. The accelerator always computes in int8.
     cuda_graph: on a GPU, launch the kernels between inputs of known shapes as one CUDA graph.
     vta_config: the accelerator's parameters, a `VTAConfig`, or the keys of VTA's JSON files as a dict, text or path.
+    vta_trials: schedules to try for every program of the accelerator, by modelled cycles; 0: the default ones.
 
     Raises ModelError, TargetError, PlanError, BudgetError, DatabaseError, or VTAError for a configuration.
     """
@@ -65,7 +67,7 @@ def compile(
     if accelerator is not None or calibration is not None or quantization is not None:
         samples = inputs if calibration is None else calibration
         int8 = int8_model(imported, samples, quantization, target, budget, plan)
-        return build_int8(int8, target, tuning_records(int8.mod, target, database), accelerator)
+        return build_int8(int8, target, tuning_records(int8.mod, target, database), accelerator, vta_trials)
     mod = canonicalize(imported, target)
     records = tuning_records(mod, target, database)
     plan = settle_plan(mod, target, budget, plan, measure, records)
@@ -207,14 +209,16 @@ def build(
     return assemble(mod, choices, imported, plan, report, target, records, cuda_graph)
 
 
-def build_int8(model: Int8Model, target: Any, records: Any, accelerator: VTAConfig | None = None) -> Compiled:
+def build_int8(
+    model: Int8Model, target: Any, records: Any, accelerator: VTAConfig | None = None, trials: int = 0
+) -> Compiled:
     """Schedule and compile a quantized module; its layers are what they shall be."""
     mod, programs = model.mod, None
     if accelerator is not None:
         from tvm_structured.relay_passes.offload_vta import OffloadVta
         from tvm_structured.vta.programs import Programs
 
-        offload = OffloadVta(accelerator, target)
+        offload = OffloadVta(accelerator, target, trials)
         with stage("Lowering to the accelerator"):
             mod = offload(mod)
         programs = Programs(accelerator, tuple(offload.placements)) if offload.placements else None

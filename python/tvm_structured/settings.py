@@ -23,6 +23,7 @@ class Options:
     calibration: Any = None
     quantization: Any = None
     vta_config: Any = None
+    vta_trials: int = 0
 
 
 DEFAULTS = Options()
@@ -43,13 +44,14 @@ def options(
     calibration: Any = None,
     quantization: Any = None,
     vta_config: Any = None,
+    vta_trials: int = 0,
 ) -> Iterator[Options]:
     """Use in the block what `ts.compile` takes under these names.
 
     >>> with ts.options(budget=ts.Budget(max_params=0.25)):
     ...     lib = relay.build(mod, target="llvm", params=params)
     """
-    chosen = Options(budget, plan, database, measure, calibration, quantization, vta_config)
+    chosen = Options(budget, plan, database, measure, calibration, quantization, vta_config, vta_trials)
     token = _current.set(chosen)
     try:
         yield chosen

@@ -131,6 +131,15 @@ def test_counters_are_those_of_the_programs() -> None:
     assert compiled.vta_stats().counters["gemm_counter"] == 0
 
 
+def test_tuned_schedules_are_exact_and_never_slower() -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Conv2d(20, 40, 3, padding=1), nn.ReLU()).eval(), torch.randn(1, 20, 14, 14)
+    mod = ts.quantize(net, (x,), x)
+    default, tuned = (ts.compile(mod, target="vta", vta_trials=trials) for trials in (0, 8))
+    np.testing.assert_array_equal(default(x.numpy()), tuned(x.numpy()))
+    assert tuned.vta_stats().cycles <= default.vta_stats().cycles
+
+
 def test_four_bit_activations_are_refused() -> None:
     config = VTAConfig(log_inp_width=2, log_inp_buff_size=14)
     with pytest.raises(VTAError, match="LOG_INP_WIDTH=2"):

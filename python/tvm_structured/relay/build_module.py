@@ -61,7 +61,7 @@ def build(
         samples, how = options.calibration, options.quantization
         int8 = compiler.int8_model(imported, samples, how, target, wish.budget, wish.plan)
         records = compiler.tuning_records(int8.mod, target, options.database)
-        compiled = compiler.build_int8(int8, target, records, accelerator)
+        compiled = compiler.build_int8(int8, target, records, accelerator, options.vta_trials)
         return GraphExecutorFactoryModule(compiled, imported.params, target, mod_name)
     mod = compiler.canonicalize(imported, target)
     with PassContext():  # kernels built to be measured are no part of the pipeline that the user's context is about
