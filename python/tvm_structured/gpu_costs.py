@@ -22,10 +22,15 @@ LAUNCH = 2.5e-6  # seconds for a kernel that does nothing, within a stream of ot
 # of a multiprocessor: multiply-adds on tensor cores and on ordinary ones, operations a second that kernels reach
 HALF_FLOPS, FLOAT_FLOPS = 2e12, 0.3e12
 BANDWIDTH = {70: 0.8e12, 75: 0.3e12, 80: 1.4e12, 86: 0.8e12, 89: 0.9e12, 90: 2.6e12, 100: 6e12}  # bytes a second
-# shares of that which kernels of a form were measured to reach with 512 rows (docs/benchmarks_gpu.md), and their launches
+# shares of that which kernels of a form reach with 512 rows, as docs/benchmarks_gpu.md has them, and their launches
 HALF_EFFICIENCY = {
-    "dense": 0.9, "block_circulant": 0.4, "permuted_diagonal": 0.35, "low_rank": 0.4, "tensor_train": 0.2, "winograd": 0.15,
-}  # fmt: skip
+    "dense": 0.9,
+    "block_circulant": 0.4,
+    "permuted_diagonal": 0.35,
+    "low_rank": 0.4,
+    "tensor_train": 0.2,
+    "winograd": 0.15,
+}
 FLOAT_EFFICIENCY = {"dense": 0.4, "winograd": 0.2}
 USUAL_EFFICIENCY = 0.5  # of the other forms in float32
 LAUNCHES = {"low_rank": 2, "tensor_train": 4, "winograd": 3}
