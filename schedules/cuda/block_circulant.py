@@ -11,7 +11,7 @@ from tvm_structured.schedules.base import Config, Kernel
 from tvm_structured.schedules.cuda import circulant_few, circulant_many
 from tvm_structured.schedules.cuda.few_rows import Few
 from tvm_structured.schedules.cuda.gemm import Tile
-from tvm_structured.schedules.cuda.products import can_join, few_space, prefers_few, tiles
+from tvm_structured.schedules.cuda.products import few_space, prefers_few, tiles
 from tvm_structured.schedules.cuda.writer import RowWriter
 from tvm_structured.schedules.emit import arg, prim_func
 from tvm_structured.schedules.gpu import GpuSite
@@ -34,12 +34,7 @@ class BlockCirculantKernel(Kernel):
             return
         rows = blocks.rows
         batches = circulant_many.batches_of(blocks.length)
-        many = [
-            {"way": "many", "tile": t, "joined": joined}
-            for t in tiles(site, site.rows, rows, planes=2, batches=batches)
-            for joined in (False, True)
-            if not joined or can_join(site, Tile.of(t), batches, 2)
-        ]
+        many = [{"way": "many", "tile": t} for t in tiles(site, site.rows, rows, planes=2, batches=batches)]
         yield from [*few, *many] if prefers_few(site) else [*many, *few]
 
     def pack(self, structure: Structure, site: GpuSite, config: Config) -> dict[str, np.ndarray]:  # type: ignore[override]
@@ -58,8 +53,7 @@ class BlockCirculantKernel(Kernel):
             if config["way"] == "few":
                 circulant_few.emit_few(Few.of(config["few"]), blocks, x, weight, writer, tensorize)
             else:
-                tile, joined = Tile.of(config["tile"]), config.get("joined", False)
-                circulant_many.emit_many(tile, blocks, x, weight, writer, tensorize, joined)
+                circulant_many.emit_many(Tile.of(config["tile"]), blocks, x, weight, writer, tensorize)
         return made.func
 
 

@@ -56,9 +56,7 @@ def pack_many(c: np.ndarray, tile: Tile, dtype: str) -> np.ndarray:
     return pack_domain(planes.astype(np.float32), tile, dtype)
 
 
-def emit_many(
-    tile: Tile, blocks: Blocks, x: Any, weight: Any, writer: RowWriter, tensorize: bool, joined: bool
-) -> None:
+def emit_many(tile: Tile, blocks: Blocks, x: Any, weight: Any, writer: RowWriter, tensorize: bool) -> None:
     n, (rows, columns, _) = blocks.length, blocks.factor_shape
     scale = forward_scale(n)
     total, dtype = blocks.taps * blocks.width, writer.site.dtype
@@ -108,4 +106,4 @@ def emit_many(
         return [value * f32(1 / (n * scale)) for value in real_ifft(e, spectrum, n)]  # type: ignore[arg-type]
 
     domain = Domain(batches_of(n), 2, (rows, columns), forward, inverse, split_first=True)
-    emit_domain(domain, tile, weight, writer, lambda unit: unit * n, tensorize, joined)
+    emit_domain(domain, tile, weight, writer, lambda unit: unit * n, tensorize)

@@ -30,7 +30,7 @@ class DenseKernel(Kernel):
     def configs(self, structure: Structure, site: GpuSite) -> Iterator[Config]:  # type: ignore[override]
         out, inner = structure.shape
         few = [{"way": "few", "product": s} for s in few_space(site, out, inner)]
-        many = [{"way": "many", "product": t} for t in tiles(site, site.rows, out)]
+        many = [{"way": "many", "product": t} for t in tiles(site, site.rows, out, depth=inner)]
         yield from [*few, *many] if prefers_few(site, 2 * MANY) else [*many, *few]
 
     def pack(self, structure: Structure, site: GpuSite, config: Config) -> dict[str, np.ndarray]:  # type: ignore[override]

@@ -19,22 +19,6 @@ template <typename T> __device__ __forceinline__ void ts_put(void* to, T value) 
 """,
 )
 
-# Blocks of a cluster wait for each other; one writes to another's shared memory, at the place that it has itself.
-CLUSTER = once(
-    "TS_CLUSTER",
-    r"""
-__device__ __forceinline__ void ts_cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void ts_push(void* place, int rank, float a, float b) {
-  unsigned address = (unsigned)__cvta_generic_to_shared(place), there;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
-  asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(there), "f"(a), "f"(b) : "memory");
-}
-""",
-)
-
 COPY = once(
     "TS_COPY",
     r"""

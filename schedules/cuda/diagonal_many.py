@@ -39,7 +39,6 @@ def emit_many(
     g: Any,
     writer: RowWriter,
     tensorize: bool,
-    joined: bool,
 ) -> None:
     p = blocks.p
 
@@ -58,4 +57,4 @@ def emit_many(
         return [t.value(load((c + f[unit]) % p, 0)) for c in range(p)]
 
     domain = Domain(p, 1, (blocks.rows, blocks.columns), forward, inverse)
-    emit_domain(domain, tile, weight, writer, lambda unit: unit * p, tensorize, joined)
+    emit_domain(domain, tile, weight, writer, lambda unit: unit * p, tensorize)

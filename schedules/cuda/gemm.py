@@ -39,10 +39,6 @@ from tvm_structured.schedules.emit import either
 Store = Callable[[Threads, Any, Any, Any, Any, Sequence[Sequence[Any]]], None]
 
 
-# (threads, load(batch, plane), row, whether it exists, column)
-Join = Callable[[Threads, Callable[[Any, int], Any], Any, Any, Any], None]
-
-
 @dataclass(frozen=True)
 class Tile:
     """rows x columns of C to a block, `depth` of k at a time; warps_m x warps_n warps; tiles in flight; into how many
@@ -141,38 +137,6 @@ class Gemm:
         with launch(grid, tile.threads, not self.tensorize) as (t, (bn, batch, bm)):
             self._emit_block(t, (batch, bm * tile.rows, bn))
             self._store(self.acc, store)
-
-    def emit_joined(self, join: Join) -> None:
-        """All batches of a tile are made by a cluster of blocks, which then share out the rows: each block pushes its
-        sums into the shared memory of the one that has the row. join(threads, load, row, exists, column) takes every
-        element once, load(batch, plane) reads its sums.
-        """
-        tile, count = self.tile, self.batches
-        grid = (ceildiv(self.columns, tile.columns) * count, ceildiv(self.rows, tile.rows))
-        with launch(grid, tile.threads, False, cluster=count) as (t, (bx, bm)):
-            batch, bn = bx % count, bx // count
-            self._emit_block(t, (batch, bm * tile.rows, bn))
-            share = tile.rows // count
-            call("ts_cluster_sync", source=device_code.CLUSTER)  # the sums take over the storage of the tiles
-            sums = t.shared((count * self.planes, share, tile.columns), "float32", padding=2, opaque=True)
-            row, column = self._corner()
-            for place in self._places():
-                m, n = row + place.row, column + place.column
-                for plane in range(self.planes):
-                    first = plane * self.sums + place.first
-                    to = sums.address(batch * self.planes + plane, m % share, n)
-                    pair = self.acc[first], self.acc[first + 1]
-                    call("ts_push", to, m // share, *pair, source=device_code.CLUSTER)
-            call("ts_cluster_sync", source=device_code.CLUSTER)
-            with I.serial(0, share * tile.columns // tile.threads) as turn:
-                i = turn * tile.threads + t.tx
-                m, n = i // tile.columns, i % tile.columns
-
-                def load(source: Any, plane: int) -> Any:
-                    return sums[source * self.planes + plane, m, n]
-
-                at_row = bm * tile.rows + batch * share + m
-                join(t, load, at_row, self._row_exists(at_row), bn * tile.columns + n)
 
     def _emit_block(self, t: Threads, where: tuple[Any, Any, Any]) -> None:
         """The sums of one tile into registers; `where` is its batch, first row and number along the columns."""

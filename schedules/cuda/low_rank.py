@@ -18,7 +18,7 @@ from tvm_structured.schedules.base import Config, Kernel
 from tvm_structured.schedules.cuda.dense_rows import emit_rows, pack_rows
 from tvm_structured.schedules.cuda.few_rows import Few
 from tvm_structured.schedules.cuda.gemm import Gemm, Operand, Tile, pack_operand
-from tvm_structured.schedules.cuda.products import MANY, can_join, few_space, matrix, numpy_type, prefers_few, tiles
+from tvm_structured.schedules.cuda.products import MANY, few_space, matrix, numpy_type, prefers_few, tiles
 from tvm_structured.schedules.cuda.threads import Threads, all_of, ceildiv, launch, multiple, scratch, under
 from tvm_structured.schedules.cuda.writer import RowWriter
 from tvm_structured.schedules.emit import arg, prim_func
@@ -108,13 +108,6 @@ def product_of_many(
             writer.store_run(t, [value[0] for value in values], row, exists, column)
 
         gemm.emit(store)
-    elif tensorize and can_join(site, tile, tile.split, 1):
-
-        def join(t: Threads, load: Any, row: Any, exists: Any, column: Any) -> None:
-            total = functools.reduce(operator.add, [load(part, 0) for part in range(tile.split)])
-            writer.store(total, row, column, all_of([exists, column < writer.out]))
-
-        gemm.emit_joined(join)
     else:
         add_parts(gemm, tile.split, writer, tensorize)
 

@@ -11,7 +11,7 @@ from tvm_structured.schedules.base import Config, Kernel
 from tvm_structured.schedules.cuda import diagonal_few, diagonal_many
 from tvm_structured.schedules.cuda.few_rows import Few
 from tvm_structured.schedules.cuda.gemm import Tile
-from tvm_structured.schedules.cuda.products import MANY, can_join, few_space, prefers_few, tiles
+from tvm_structured.schedules.cuda.products import MANY, few_space, prefers_few, tiles
 from tvm_structured.schedules.cuda.threads import BYTES, VECTOR_BYTES
 from tvm_structured.schedules.cuda.writer import RowWriter
 from tvm_structured.schedules.diagonal_blocks import DiagonalBlocks
@@ -38,12 +38,7 @@ class PermutedDiagonalKernel(Kernel):
         few += [{"way": "gather", "few": s} for s in space]
         many: list[Config] = []
         if blocks.p <= LONGEST_MANY and blocks.separated is not None:
-            many = [
-                {"way": "many", "tile": t, "joined": joined}
-                for t in tiles(site, site.rows, blocks.rows, batches=blocks.p)
-                for joined in (False, True)
-                if not joined or can_join(site, Tile.of(t), blocks.p, 1)
-            ]
+            many = [{"way": "many", "tile": t} for t in tiles(site, site.rows, blocks.rows, batches=blocks.p)]
         yield from [*few, *many] if prefers_few(site, 2 * MANY) else [*many, *few]
 
     def pack(self, structure: Structure, site: GpuSite, config: Config) -> dict[str, np.ndarray]:  # type: ignore[override]
@@ -65,9 +60,8 @@ class PermutedDiagonalKernel(Kernel):
             constants = [arg(name, array.shape, str(array.dtype)) for name, array in packed.items()]
             writer = RowWriter(site, blocks.out)
             if config["way"] == "many":
-                tile, joined = Tile.of(config["tile"]), config.get("joined", False)
                 weight, f, g = constants
-                diagonal_many.emit_many(tile, blocks, x, weight, f, g, writer, tensorize, joined)
+                diagonal_many.emit_many(Tile.of(config["tile"]), blocks, x, weight, f, g, writer, tensorize)
             else:
                 emit = {"turn": diagonal_few.emit_turn, "gather": diagonal_few.emit_gather}[config["way"]]
                 emit(Few.of(config["few"]), blocks, x, *constants, writer, tensorize)

@@ -27,8 +27,8 @@ LARGE = (
 )
 LARGE_FLOAT32 = ((64, 64, 16, 2, 2, 3), (128, 64, 16, 4, 2, 3), (128, 128, 16, 4, 2, 3))
 FEW_ROWS = 32
-# of one multiprocessor and clock: bytes from L2, multiply-adds; clocks to start and end a block
-FETCH, TENSOR_FMAS, FMAS, BLOCK = 30, 1200, 100, 2000
+# of one multiprocessor and clock: bytes from L2, multiply-adds; clocks for a step, a block, another kernel
+FETCH, TENSOR_FMAS, FMAS, STEP, BLOCK, LAUNCH = 30, 1200, 100, 200, 2000, 3000
 FEWEST_STEPS, USUAL_DEPTH = 4, 512
 MANY = 8  # rows from which tiles on tensor cores were measured to win (block-circulant 16, 4096 x 4096, H200)
 
@@ -47,7 +47,7 @@ def few_space(
     """Settings of `few_rows`, the default first: four blocks to a multiprocessor."""
     rows = site.rows if isinstance(site.rows, int) else 1
     together = next(r for r in (4, 2, 1) if r <= max(rows, 1) and (r == 1 or r * sums <= MOST_SUMS))
-    wanted = 4 * site.gpu.multiprocessors
+    wanted = 4 * site.gpu.multiprocessors / -(-rows // together)
     useful = [threads for threads in (128, 64, 32) if threads <= max(in_units, 32)]
     for threads in (*useful, 256):
         for g in sorted((1, 2, 4, 8) if group is None else (group,), key=lambda g: abs(out_units / g - wanted)):
@@ -70,28 +70,20 @@ def tiles(
     def is_possible(tile: Tile) -> bool:
         fits = tile.shared_bytes(site.dtype, planes) <= site.gpu.dynamic_shared_memory
         fits = fits and tile.rows * tile.columns * planes // tile.threads <= most
-        splits = tile.split == 1 or (tile.steps(depth) >= FEWEST_STEPS and can_join(site, tile, tile.split, 1))
+        splits = tile.split == 1 or tile.steps(depth) >= FEWEST_STEPS
         return fits and splits and (count > FEW_ROWS or tile.rows <= FEW_ROWS)
 
     def cost(tile: Tile) -> float:
         blocks = batches * tile.split * -(-count // tile.rows) * -(-columns // tile.columns)
         fetched = planes * (tile.rows + tile.columns) * tile.depth * BYTES[site.dtype] / FETCH
         multiplied = planes**2 * tile.rows * tile.columns * tile.depth / speed
-        one = tile.steps(depth or USUAL_DEPTH) * (fetched + multiplied) + BLOCK * (2 if tile.split > 1 else 1)
-        return max(1.0, blocks / site.gpu.multiprocessors) * one
+        one = tile.steps(depth or USUAL_DEPTH) * (fetched + multiplied + STEP) + BLOCK
+        parts = 2 * tile.split * count * columns * 4 / FETCH / site.gpu.multiprocessors + LAUNCH
+        return max(1.0, blocks / site.gpu.multiprocessors) * one + (parts if tile.split > 1 else 0)
 
     ways = [Tile.of((*t, split)) for t in (*SMALL, *large) for split in ((1, 2, 4, 8) if depth else (1,))]
-    # those that split come behind: they need clusters
-    for tile in sorted((way for way in ways if is_possible(way)), key=lambda tile: (tile.split > 1, cost(tile))):
+    for tile in sorted((way for way in ways if is_possible(way)), key=cost):
         yield dataclasses.astuple(tile)
-
-
-def can_join(site: GpuSite, tile: Tile, batches: int, planes: int) -> bool:
-    """Whether the batches of a tile can be made by a cluster: a power of two up to 8 that divides the tile's rows."""
-    sums = planes * tile.rows * (tile.columns + 2) * 4
-    fits = max(tile.shared_bytes(site.dtype, planes), sums) <= site.gpu.dynamic_shared_memory
-    divides = tile.rows % batches == 0 and tile.rows // batches * tile.columns % tile.threads == 0
-    return site.gpu.capability >= 90 and batches in (2, 4, 8) and fits and divides
 
 
 def matrix(buffer: Any, depth: int, dtype: str) -> Operand:

@@ -57,13 +57,8 @@ def emit_domain(
     writer: RowWriter,
     place: Callable[[Any], Any],
     tensorize: bool,
-    joined: bool = False,
 ) -> None:
-    """The kernels. place(unit) is the first column of a unit of y.
-
-    With `joined` the product and the inverse are one: the blocks that make the batches of a tile are a cluster, and
-    read each other's sums. Without `tensorize` they stay two.
-    """
+    """The kernels. place(unit) is the first column of a unit of y."""
     rows, dtype = writer.site.rows, writer.site.dtype
     out, inner = (multiple(units, 8) for units in domain.units)
     spectra = scratch((domain.batches, domain.planes, rows, inner), dtype)
@@ -83,16 +78,6 @@ def emit_domain(
         tensorize=tensorize,
     )
 
-    if joined and tensorize:
-
-        def join(t: Threads, load: Any, row: Any, exists: Any, unit: Any) -> None:
-            under(
-                all_of([exists, unit < domain.units[0]]),
-                lambda: writer.store_run(t, domain.inverse(t, load, unit), row, True, place(unit)),
-            )
-
-        gemm.emit_joined(join)
-        return
     products = scratch((domain.batches, domain.planes, rows, out), "float32")
 
     def store(t: Threads, batch: Any, row: Any, exists: Any, column: Any, values: Any) -> None:

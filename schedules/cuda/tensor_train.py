@@ -42,7 +42,7 @@ class TensorTrainKernel(Kernel):
         fused = [
             {"way": "fused", "chunks": chunks, "threads": threads}
             for chunks in chunkings(structure, site)
-            for threads in (256, 512, 128)
+            for threads in (512, 256, 128)
         ]
         stages = cheapest_order(structure.out_modes, structure.in_modes, structure.ranks).stages
         count = site.rows if isinstance(site.rows, int) else 64

@@ -174,11 +174,10 @@ class Threads:
 
 
 @contextmanager
-def launch(grid: Sequence[Extent], threads: int, serial: bool, cluster: int = 1) -> Iterator[tuple[Threads, list[Any]]]:
+def launch(grid: Sequence[Extent], threads: int, serial: bool) -> Iterator[tuple[Threads, list[Any]]]:
     """One kernel of `threads` threads to a block. Yields the threads and the block's coordinates in the grid.
 
-    The first extent of the grid is the fastest; the last may be symbolic. `cluster` blocks in succession make a cluster
-    and can read each other's shared memory (sm_90).
+    The first extent of the grid is the fastest; the last may be symbolic.
     """
     made = Threads(threads, serial)
     # in one dimension: the others end at 65535 blocks
@@ -188,10 +187,6 @@ def launch(grid: Sequence[Extent], threads: int, serial: bool, cluster: int = 1)
         where.append(rest % extent)
         rest = rest // extent
     where.append(rest)
-    if cluster > 1:
-        frame = I.thread_binding(0, cluster, thread="clusterCtaIdx.x")
-        frame.__enter__()
-        frames.append(frame)
     if not serial:
         frame = I.thread_binding(0, threads, thread="threadIdx.x")
         made.tx = frame.__enter__()

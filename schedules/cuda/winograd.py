@@ -1,10 +1,7 @@
 """Winograd convolution on CUDA: Y = A^T [U * (B^T d B)] A, a product over channels for each point of a tile.
 
-    fused    one kernel (`winograd_fused`); half precision, many tiles
-    staged   three kernels: `winograd_tiles` transforms the tiles of the image, `gemm` multiplies point by point,
-             `winograd_tiles` transforms back with the epilogue; for few tiles, and for float32
-
-Points are kept in x's type, sums and the inverse transform are float32.
+Three kernels: `winograd_tiles` transforms the tiles of the image, `gemm` multiplies point by point, `winograd_tiles`
+transforms back with the epilogue. Points are kept in x's type, sums and the inverse transform are float32.
 """
 
 from __future__ import annotations
@@ -19,18 +16,15 @@ from tvm_structured.schedules.base import Config, Kernel
 from tvm_structured.schedules.cuda.gemm import Gemm, Operand, Tile, pack_operand
 from tvm_structured.schedules.cuda.products import numpy_type, tiles
 from tvm_structured.schedules.cuda.threads import Threads, all_of, multiple, scratch, under
-from tvm_structured.schedules.cuda.winograd_fused import can_fuse, emit_fused, pack_fused, widths
 from tvm_structured.schedules.cuda.winograd_tiles import TileGrid, emit_data_transform, emit_inverse_transform
 from tvm_structured.schedules.emit import arg, prim_func
 from tvm_structured.schedules.gpu import GpuSite
 from tvm_structured.structures.base import Structure
 from tvm_structured.structures.winograd import Winograd
 
-FUSED_TILES = 128
-
 
 class WinogradKernel(Kernel):
-    """`way` "fused", with the tiles across a block, or "staged", with the tile of its products."""
+    """`tile`: of the products over channels."""
 
     name = "winograd"
     takes_images = True
@@ -38,16 +32,11 @@ class WinogradKernel(Kernel):
     def configs(self, structure: Structure, site: GpuSite) -> Iterator[Config]:  # type: ignore[override]
         assert isinstance(structure, Winograd)
         grid = TileGrid.of(structure, site)
-        staged = [{"way": "staged", "tile": t} for t in tiles(site, grid.count, grid.outs, batches=grid.points**2)]
-        fused: list[Config] = []
-        if can_fuse(grid, site):
-            fused = [{"way": "fused", "across": across} for across in widths(grid)]
-        yield from [*fused, *staged] if prefers_fused(grid) else [*staged, *fused]
+        for tile in tiles(site, grid.count, grid.outs, batches=grid.points**2):
+            yield {"tile": tile}
 
     def pack(self, structure: Structure, site: GpuSite, config: Config) -> dict[str, np.ndarray]:  # type: ignore[override]
         assert isinstance(structure, Winograd)
-        if config["way"] == "fused":
-            return {"weight": pack_fused(structure, site.dtype)}
         transformed = structure.transformed_weight()[:, None]
         return {"weight": pack_operand(transformed, Tile.of(config["tile"]), numpy_type(site.dtype))}
 
@@ -64,16 +53,8 @@ class WinogradKernel(Kernel):
                 for name in site.epilogue.operands
             }
             y = arg("y", site.y_shape, site.dtype)
-            if config["way"] == "fused":
-                emit_fused(grid, site, config["across"], x, weight, operands, y, tensorize)
-            else:
-                emit_staged(grid, site, Tile.of(config["tile"]), x, weight, operands, y, tensorize)
+            emit_staged(grid, site, Tile.of(config["tile"]), x, weight, operands, y, tensorize)
         return made.func
-
-
-def prefers_fused(grid: TileGrid) -> bool:
-    """Whether there are tiles enough: staged, the transformed weight is read once, fused, for every 32 tiles."""
-    return not isinstance(grid.count, int) or grid.count >= FUSED_TILES
 
 
 def emit_staged(

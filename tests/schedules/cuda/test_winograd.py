@@ -48,12 +48,3 @@ def test_configurations_and_symbolic_batch() -> None:
     site = cuda_site(structure, 2, conv=PADDED, image=(8, 9))
     for config in every_config(structure, site)[::3]:
         check_on_cpu(structure, 2, conv=PADDED, image=(8, 9), config=config, symbolic=True)
-
-
-@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
-@pytest.mark.parametrize(("tile", "across"), [(2, 16), (4, 8)])
-@pytest.mark.parametrize(("channels", "outs", "image"), [(20, 7, (9, 38)), (33, 34, (4, 3))])
-def test_fused(layout: str, tile: int, across: int, channels: int, outs: int, image: tuple[int, int]) -> None:
-    options = {"conv": PADDED, "image": image, "layout": layout, "epilogue": EVERYTHING, "allocate": guarded_buffer}
-    config = {"way": "fused", "across": across}
-    run_on_cpu(member(outs, channels, tile), 2, dtype="float16", config=config, **options).check(5e-3)
