@@ -19,20 +19,20 @@ COPIES = 8  # of the layer in one module, so that the call of the module hardly 
 ROUNDS = 7
 USUAL_L2 = 50 * 1024 * 1024  # bytes, where the driver does not tell
 LAUNCH = 2.5e-6  # seconds for a kernel that does nothing, within a stream of others
-# of a multiprocessor: multiply-adds on tensor cores and on ordinary ones, operations a second that kernels reach
-HALF_FLOPS, FLOAT_FLOPS = 2e12, 0.3e12
+# operations a second of a multiprocessor in a large product, on tensor cores and on ordinary ones
+HALF_FLOPS, FLOAT_FLOPS = 5.8e12, 0.39e12
 BANDWIDTH = {70: 0.8e12, 75: 0.3e12, 80: 1.4e12, 86: 0.8e12, 89: 0.9e12, 90: 2.6e12, 100: 6e12}  # bytes a second
 # shares of that which kernels of a form reach with 512 rows, as docs/benchmarks_gpu.md has them, and their launches
 HALF_EFFICIENCY = {
-    "dense": 0.9,
-    "block_circulant": 0.4,
-    "permuted_diagonal": 0.35,
-    "low_rank": 0.4,
-    "tensor_train": 0.2,
-    "winograd": 0.15,
+    "dense": 0.32,
+    "block_circulant": 0.13,
+    "permuted_diagonal": 0.13,
+    "low_rank": 0.14,
+    "tensor_train": 0.07,
+    "winograd": 0.05,
 }
-FLOAT_EFFICIENCY = {"dense": 0.4, "winograd": 0.2}
-USUAL_EFFICIENCY = 0.5  # of the other forms in float32
+FLOAT_EFFICIENCY = {"dense": 0.3, "winograd": 0.1}
+USUAL_HALF, USUAL_FLOAT = 0.1, 0.42  # of the other forms
 LAUNCHES = {"low_rank": 2, "tensor_train": 4, "winograd": 3}
 
 
@@ -44,9 +44,9 @@ def predict_on_gpu(call: LayerCall, structure: Structure, gpu: Gpu) -> float:
     flops = structure.flops(rows) if has_kernel else 2 * rows * out * inner
     params = structure.num_params if has_kernel else out * inner
     if gpu.has_tensor_cores(str(call.x.ty.dtype)):
-        rate = HALF_FLOPS * HALF_EFFICIENCY.get(structure.name, 0.3)
+        rate = HALF_FLOPS * HALF_EFFICIENCY.get(structure.name, USUAL_HALF)
     else:
-        rate = FLOAT_FLOPS * FLOAT_EFFICIENCY.get(structure.name, USUAL_EFFICIENCY)
+        rate = FLOAT_FLOPS * FLOAT_EFFICIENCY.get(structure.name, USUAL_FLOAT)
     moved = size * (params + rows * (out + inner))
     bandwidth = BANDWIDTH[max((c for c in BANDWIDTH if c <= gpu.capability), default=70)]
     work = max(flops / (gpu.multiprocessors * rate), moved / bandwidth)
