@@ -82,7 +82,9 @@ class KernelTask:
         return f"{self.kernel} {kh}x{kw}{stride} {where}{detail}, batch {rows}"
 
     def to_json(self) -> dict[str, Any]:
-        return {"kind": "kernel", **json.loads(json.dumps(asdict(self)))}
+        """`module` is where the kernel is defined: kernels from outside the package have to be imported first."""
+        module = type(kernels_of(self.target)[self.kernel]).__module__
+        return {"kind": "kernel", "module": module, **json.loads(json.dumps(asdict(self)))}
 
     @classmethod
     def from_json(cls, described: Mapping[str, Any]) -> KernelTask:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
+import inspect
 from pathlib import Path
 
 from tvm_structured import schedules
@@ -24,9 +25,9 @@ def tvm_version() -> str:
 @functools.cache
 def kernel_version(name: str) -> str:
     """A digest of the kernel's source and of all sources under `schedules/` that it imports. `cuda/NAME` is that for
-    GPUs. KeyError where there is no such kernel."""
-    digest = hashlib.sha256()
-    for source in sorted(imported_by(type(kernel_of(name)).__module__)):
+    GPUs; of a kernel from outside the package just its own file. KeyError where there is no such kernel."""
+    family, digest = type(kernel_of(name)), hashlib.sha256()
+    for source in sorted(imported_by(family.__module__)) or [Path(inspect.getfile(family))]:
         digest.update(source.name.encode() + source.read_bytes())
     return digest.hexdigest()[:12]
 

@@ -10,6 +10,7 @@ its parent is gone.
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import os
 import sys
@@ -202,6 +203,8 @@ def read_task(described: Mapping[str, Any]) -> Any:
     from tvm_structured.tuning.schedule_tasks import ScheduleTask
     from tvm_structured.tuning.tasks import KernelTask
 
+    if described.get("module", "__main__") != "__main__":
+        importlib.import_module(described["module"])  # a kernel from outside the package enters the table so
     return {"kernel": KernelTask, "schedule": ScheduleTask}[described["kind"]].from_json(described)
 
 
