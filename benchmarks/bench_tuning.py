@@ -12,6 +12,7 @@ same candidates. `layers` tunes the kernels of the other benchmarks; a run that 
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import math
 import tempfile
 import time
@@ -78,8 +79,7 @@ def main(
         raise click.ClickException(f"no layer matches {' '.join(patterns)}; there are {', '.join(LAYERS)}")
     with ExitStack() as stack:
         folder = work_dir or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        rows = layers(names, batches or (1, 16), trials or (8 if quick else 64), folder)
-    write_json(path, rows)
+        rows = layers(names, batches or (1, 16), trials or (8 if quick else 64), folder, path)
     print_table(f"tuned layers: {describe_machine()}", HEADINGS, [cells(row) for row in rows], means(rows))
 
 
@@ -237,19 +237,24 @@ QUICK = ("dense 1024x1024", "block-circulant 16", "1x1 512->128 @ 28")
 PLAIN = ("dense", "conv2d")  # kernels without a structure
 
 
-def layers(names: Sequence[str], batches: Sequence[int], trials: int, folder: Path) -> list[dict[str, Any]]:
-    """One row for each layer and batch."""
-    target = resolve_target("host")
-    pairs = [(name, batch) for batch in batches for name in names]
-    tasks = [WeightedTask(task_of(LAYERS[name], batch, target)) for name, batch in pairs]
+def layers(
+    names: Sequence[str], batches: Sequence[int], trials: int, folder: Path, path: Path | None
+) -> list[dict[str, Any]]:
+    """One row for each layer and batch, written as soon as it is there."""
+    target, rows = resolve_target("host"), []
     database = ts.Database(folder, must_exist=False)
     measurer = LocalMeasurer(int(target.attrs["num-cores"]))
     try:
         with database.locked():
-            progress = Session(tasks, database, measurer, trials).run()
+            for batch, name in itertools.product(batches, names):
+                task = WeightedTask(task_of(LAYERS[name], batch, target))
+                (done,) = Session([task], database, measurer, trials).run()
+                if done.best:
+                    rows.append(row_of(name, batch, done))
+                    write_json(path, rows)
     finally:
         measurer.close()
-    return [row_of(name, batch, done) for (name, batch), done in zip(pairs, progress, strict=True) if done.best]
+    return rows
 
 
 def task_of(layer: Layer, batch: int, target: Any) -> KernelTask:
