@@ -18,6 +18,7 @@ from tvm_structured.schedules import Config
 from tvm_structured.tuning.search import BATCH
 from tvm_structured.tuning.tasks import config_text, plain
 
+POPULATION, GENERATIONS = 64, 3  # on one thread, which keeps it repeatable: TVM's 512 and 4 take longer than to measure
 FAILED = 1e10  # seconds, MetaSchedule's own mark
 
 
@@ -78,7 +79,9 @@ class ScheduleSearch:
                 space_generator=ms.space_generator.PostOrderApply(
                     sch_rules="llvm", postprocs="llvm", mutator_probs="llvm"
                 ),
-                search_strategy=ms.search_strategy.EvolutionarySearch(population_size=128, init_measured_ratio=0.2),
+                search_strategy=ms.search_strategy.EvolutionarySearch(
+                    population_size=POPULATION, init_measured_ratio=0.2, genetic_num_iters=GENERATIONS
+                ),
                 task_name=self.task.name,
                 rand_state=self.seed + 1,
                 num_threads=1,
