@@ -2,7 +2,7 @@
 
     python tutorials/04_tune.py [trials]
 
-Takes a minute or two with the default of 8 trials for each kernel; 64 are usual.
+Takes a minute or two with the default of 4 trials for each kernel; 64 are usual.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import nn
 import tvm_structured as ts
 from tvm_structured.tuning.maintenance import rows
 
-TRIALS = int(sys.argv[1]) if len(sys.argv) > 1 else 8
+TRIALS = int(sys.argv[1]) if len(sys.argv) > 1 else 4
 
 # --- 1. A model ---------------------------------------------------------------------------------------------------
 # One layer has a structure (8 x 8 circulant blocks), one is plain, and the softmax between them has no kernel of ours.
