@@ -10,8 +10,8 @@ import numpy as np
 from tvm_structured.schedules.base import Config, Kernel
 from tvm_structured.schedules.cuda import circulant_few, circulant_many
 from tvm_structured.schedules.cuda.few_rows import Few
-from tvm_structured.schedules.cuda.gemm import Tile
 from tvm_structured.schedules.cuda.products import few_space, prefers_few, tiles
+from tvm_structured.schedules.cuda.tile import Tile
 from tvm_structured.schedules.cuda.writer import RowWriter
 from tvm_structured.schedules.emit import arg, prim_func
 from tvm_structured.schedules.gpu import GpuSite

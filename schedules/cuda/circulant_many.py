@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from tvm import tirx
 
-from tvm_structured.schedules.cuda.gemm import Tile
 from tvm_structured.schedules.cuda.spectral import Domain, emit_domain, pack_domain
 from tvm_structured.schedules.cuda.threads import BYTES, VECTOR_BYTES, Threads, f32, load_vector, under
+from tvm_structured.schedules.cuda.tile import Tile
 from tvm_structured.schedules.cuda.writer import RowWriter
 from tvm_structured.schedules.fft import real_fft, real_ifft
 from tvm_structured.structures.circulant_pattern import Blocks

@@ -11,9 +11,9 @@ from tvm_structured.schedules.base import Config, Kernel
 from tvm_structured.schedules.cuda.dense_rows import pack_rows
 from tvm_structured.schedules.cuda.few_rows import Few
 from tvm_structured.schedules.cuda.functions import numpy_type
-from tvm_structured.schedules.cuda.gemm import Tile, pack_operand
 from tvm_structured.schedules.cuda.low_rank import product_of_few, product_of_many
 from tvm_structured.schedules.cuda.products import MANY, few_space, prefers_few, tiles
+from tvm_structured.schedules.cuda.tile import Tile, pack_operand
 from tvm_structured.schedules.cuda.writer import RowWriter
 from tvm_structured.schedules.emit import arg, prim_func
 from tvm_structured.schedules.gpu import GpuSite

@@ -12,9 +12,9 @@ import numpy as np
 from tvm import tirx
 
 from tvm_structured.schedules.cuda.diagonal_few import block_place
-from tvm_structured.schedules.cuda.gemm import Tile
 from tvm_structured.schedules.cuda.spectral import Domain, emit_domain, pack_domain
 from tvm_structured.schedules.cuda.threads import Threads, f32
+from tvm_structured.schedules.cuda.tile import Tile
 from tvm_structured.schedules.cuda.writer import RowWriter
 from tvm_structured.schedules.diagonal_blocks import DiagonalBlocks
 

@@ -10,9 +10,9 @@ import numpy as np
 from tvm_structured.schedules.base import Config, Kernel
 from tvm_structured.schedules.cuda import diagonal_few, diagonal_many
 from tvm_structured.schedules.cuda.few_rows import Few
-from tvm_structured.schedules.cuda.gemm import Tile
 from tvm_structured.schedules.cuda.products import MANY, few_space, prefers_few, tiles
 from tvm_structured.schedules.cuda.threads import BYTES, VECTOR_BYTES
+from tvm_structured.schedules.cuda.tile import Tile
 from tvm_structured.schedules.cuda.writer import RowWriter
 from tvm_structured.schedules.diagonal_blocks import DiagonalBlocks
 from tvm_structured.schedules.emit import arg, prim_func

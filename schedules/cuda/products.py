@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from tvm_structured.schedules.base import Extent
-from tvm_structured.schedules.cuda.gemm import Operand, Tile
 from tvm_structured.schedules.cuda.threads import BYTES, VECTOR_BYTES
+from tvm_structured.schedules.cuda.tile import Operand, Tile
 from tvm_structured.schedules.gpu import GpuSite
 
 # rows, columns, depth, warps along rows, along columns, tiles in flight

@@ -13,9 +13,10 @@ import numpy as np
 from tvm.tirx.script.builder import ir as I
 
 from tvm_structured.schedules.base import Config, Kernel
-from tvm_structured.schedules.cuda.gemm import Gemm, Operand, Tile, pack_operand
+from tvm_structured.schedules.cuda.gemm import Gemm
 from tvm_structured.schedules.cuda.products import numpy_type, tiles
 from tvm_structured.schedules.cuda.threads import Threads, all_of, multiple, scratch, under
+from tvm_structured.schedules.cuda.tile import Operand, Tile, pack_operand
 from tvm_structured.schedules.cuda.winograd_tiles import TileGrid, emit_data_transform, emit_inverse_transform
 from tvm_structured.schedules.emit import arg, prim_func
 from tvm_structured.schedules.gpu import GpuSite
