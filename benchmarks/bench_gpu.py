@@ -36,6 +36,7 @@ HEADINGS = (
 @click.option("--layers", multiple=True, help="Only these, such as 4096x4096 or 'conv 64->64 @224'.")
 @click.option("--batch", "batches", multiple=True, type=int, help="[default: 1 8 64 512]")
 @click.option("--dtype", "dtypes", multiple=True, type=click.Choice(["float16", "float32"]), help="[default: both]")
+@click.option("--quick", is_flag=True, help="One small layer, batch 1 and 64, float16.")
 @click.option("--form", "forms", multiple=True, help="Only forms that start so.")
 @click.option(
     "--configs", default=1, show_default=True, help="Configurations of each kernel to try; the fastest counts."
@@ -50,6 +51,7 @@ def main(
     batches: tuple[int, ...],
     dtypes: tuple[str, ...],
     forms: tuple[str, ...],
+    quick: bool,
     configs: int,
     arch: str | None,
     prepared: Path | None,

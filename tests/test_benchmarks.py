@@ -245,3 +245,35 @@ def test_the_compile_benchmark_times_every_kernel(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(bench.FORMS, "small", type(bench.FORMS["dense"])("low_rank", {"rank": 4}, (48, 32)))
     row = bench.layer_kernels("small", 2)
     assert [seconds > 0 for seconds in row["kernels"].values()] == [True] and "low_rank" in str(*row["kernels"])
+
+
+def test_the_gpu_benchmark_compiles_without_a_gpu_and_says_that_it_did_not_measure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tvm_structured.devices import has_gpu
+
+    bench = load(next(path for path in BENCHMARKS if path.stem == "bench_gpu"), monkeypatch)
+    case = bench.Case("1024x4096", "permuted_diagonal 8", 1, "float16")
+    import gpu_cases
+
+    (entry,) = gpu_cases.compile_case(tmp_path, case, "sm_90", 1)
+    assert "error" not in entry and (tmp_path / f"{entry['stem']}.so").is_file()
+    with np.load(tmp_path / f"{entry['stem']}.npz") as packed:
+        assert sum(packed[name].size for name in packed.files) >= gpu_cases.member_of(case).num_params
+    if not has_gpu():
+        result = CliRunner().invoke(bench.main, ["--quick"])
+        assert result.exit_code == 1 and "not measured" in result.output
+
+
+def test_members_of_the_gpu_benchmark_are_what_pytorch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS[0].parent)
+    import gpu_cases
+    import torch
+    from gpu_peers import einsum_of
+
+    for form in ("low_rank N/8", "permuted_diagonal 8", "tensor_train 8"):
+        member = gpu_cases.member_of(gpu_cases.Case("1024x4096", form, 2, "float32"))
+        x = np.random.default_rng(0).standard_normal((2, member.shape[1])).astype(np.float32)
+        factors = [torch.as_tensor(factor) for factor in member.factors.values()]
+        y = einsum_of(member)(torch.from_numpy(x), *factors).numpy()
+        np.testing.assert_allclose(y, x @ np.asarray(member.dense()).T, rtol=1e-3, atol=1e-3, err_msg=form)
