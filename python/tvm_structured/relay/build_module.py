@@ -54,7 +54,9 @@ def build(
     refuse_microcontrollers(executor, runtime, workspace_memory_pools or constant_memory_pools)
     options = settings.current()
     accelerator, target = compiler.split_target(read_target(target), options.vta_config)
-    target = settle_target(target, None if accelerator is not None else target_host)
+    if accelerator is not None and target_host is not None:
+        target, target_host = target_host, None  # what the accelerator leaves to the CPU
+    target = settle_target(target, target_host)
     imported = bind(ir_mod, params or {})
     wish = Wish.of(options)
     if accelerator is not None or options.calibration is not None or options.quantization is not None:
