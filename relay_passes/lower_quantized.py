@@ -65,12 +65,16 @@ def lower_dense(builder: Any, call: QuantizedCall) -> Any:
 
 
 def lower_stage(builder: Any, call: QuantizedCall) -> Any:
-    """weight (rows, depth) times each (depth, trail)."""
-    depth, trail = call.weight_shape()[1], call.sizes["trail"]
-    parts = builder.emit(relax.op.reshape(call.inputs[0], (-1, depth, trail)))
-    acc = builder.emit(relax.op.matmul(call.factors[0], parts, out_dtype="int32"))
-    acc = builder.emit(relax.op.reshape(acc, call.output_shape()))
-    return requantize(builder, call, acc, -1)
+    """For each place (a, b), its matrix or the shared one times x[n, a, :, b]."""
+    emit, op = builder.emit, relax.op
+    lead, trail = call.sizes["lead"], call.sizes["trail"]
+    weight = call.weight()
+    _, rows, depth = weight.shape
+    parts = emit(op.permute_dims(emit(op.reshape(call.inputs[0], (-1, lead, depth, trail))), (1, 3, 0, 2)))
+    parts = emit(op.reshape(parts, (lead * trail, -1, depth)))
+    acc = emit(op.matmul(parts, relax.const(np.ascontiguousarray(weight.transpose(0, 2, 1))), out_dtype="int32"))
+    acc = emit(op.permute_dims(emit(op.reshape(acc, (lead, trail, -1, rows))), (2, 0, 3, 1)))
+    return requantize(builder, call, emit(op.reshape(acc, call.output_shape())), -1)
 
 
 def lower_conv2d(builder: Any, call: QuantizedCall) -> Any:

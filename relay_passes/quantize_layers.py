@@ -17,9 +17,9 @@ from tvm_structured.quantized import QuantizedCall, part_name
 from tvm_structured.relay_passes.compose_epilogue import operands_of
 from tvm_structured.relay_passes.expressions import op_name
 from tvm_structured.relay_passes.integer_scales import Channels, fit_channels, fit_scale, to_int8
-from tvm_structured.structures import BlockCirculant, PermutedDiagonal, Structure, TensorTrain, Unstructured
+from tvm_structured.relay_passes.stages import Stage, stages_of
+from tvm_structured.structures import BlockCirculant, PermutedDiagonal, Structure, Unstructured
 from tvm_structured.structures.layer import Array
-from tvm_structured.structures.tt_order import core_matrix
 
 Made = tuple[Any, float] | None
 
@@ -33,8 +33,9 @@ def quantize_layer(quantizer: Any, layer: LayerCall, var: Any) -> Made:
     if end is None:
         return None
     structure = layer.to_structure()
-    if isinstance(structure, TensorTrain):
-        return quantize_train(quantizer, layer, structure, x, end)
+    stages = stages_of(structure) if layer.conv is None else None
+    if stages is not None:
+        return quantize_stages(quantizer, layer, stages, x, end)
     weight = weight_of(layer, structure, end.scale)
     call = quantized_weight(weight, end.bias, x.scale, y_scale)
     if call is None:
@@ -49,10 +50,10 @@ def quantize_layer(quantizer: Any, layer: LayerCall, var: Any) -> Made:
             dilation=geometry.dilation,
             groups=geometry.groups,
         )
-        return end.finish(replace(call, layer=layer.layer, inputs=(x.expr,))).to_relax(), y_scale
-    return as_rows(
-        quantizer, end.finish(replace(call, layer=layer.layer, inputs=(x.expr,))), static_shape(var)
-    ), y_scale
+    call = end.finish(replace(call, layer=layer.layer, inputs=(x.expr,)))
+    if layer.conv is not None:
+        return call.to_relax(), y_scale
+    return as_rows(quantizer, call, static_shape(var)), y_scale
 
 
 def flattened(quantizer: Any, x: Any) -> Any:
@@ -188,31 +189,27 @@ def constants_of(factors: tuple[Array, ...], bias: Array, channels: Channels, x_
     return tuple(relax.const(np.ascontiguousarray(array), str(array.dtype)) for array in arrays)
 
 
-def quantize_train(quantizer: Any, layer: LayerCall, structure: TensorTrain, x: Any, end: Ending) -> Made:
-    """One stage for each core, int8 between them. A scale by feature fits no core: such a layer stays float32."""
+def quantize_stages(quantizer: Any, layer: LayerCall, stages: list[Stage], x: Any, end: Ending) -> Made:
+    """int8 between the stages. A scale by feature fits no shared matrix: such a layer stays float32."""
     if end.scale is not None:
         return None
-    stages = structure.order.stages
     shape = static_shape(x.expr)
     state = flattened(quantizer, x.expr), x.scale
     for stage in stages:
-        is_last, name = stage is stages[-1], part_name(layer.layer, f"core{stage.core}")
+        is_last, name = stage is stages[-1], part_name(layer.layer, stage.name)
         y_scale = end.y_scale if is_last else quantizer.scale(name)
-        if y_scale is None:
-            return None
-        matrix = np.asarray(core_matrix(structure.cores[stage.core], structure.order.is_last_core_first), np.float64)
-        bias = end.bias if is_last else np.zeros(stage.lead * stage.rows * stage.trail)
-        call = quantized_stage(matrix, stage, bias, state[1], y_scale)
+        bias = end.bias if is_last else np.zeros(stage.lead * stage.weight.shape[1] * stage.trail)
+        call = None if y_scale is None else quantized_stage(stage, bias, state[1], y_scale)
         if call is None:
             return None
-        call = replace(call, layer=name, inputs=(state[0],))
+        call = replace(call, layer=name if len(stages) > 1 else layer.layer, inputs=(state[0],))
         if is_last:
-            return train_end(quantizer, end.finish(call), layer, shape), y_scale
+            return last_stage(quantizer, end.finish(call), layer, shape), y_scale
         state = quantizer.emit(call.to_relax()), y_scale
     return None
 
 
-def train_end(quantizer: Any, call: QuantizedCall, layer: LayerCall, shape: Any) -> Any:
+def last_stage(quantizer: Any, call: QuantizedCall, layer: LayerCall, shape: Any) -> Any:
     """The last stage, with the residual as rows and the result of the layer's rank."""
     state, *residual = call.inputs
     if len(shape) == 2:
@@ -222,17 +219,13 @@ def train_end(quantizer: Any, call: QuantizedCall, layer: LayerCall, shape: Any)
     return relax.op.reshape(made, (*shape[:-1], out_features(layer)))
 
 
-def quantized_stage(matrix: Array, stage: Any, bias: Array, x_scale: float, y_scale: float) -> QuantizedCall | None:
-    """Rows of the core have a scale each; bias and multipliers belong to the features of the result."""
-
-    def spread(rows: Array) -> Array:
-        return np.broadcast_to(rows[None, :, None], (stage.lead, stage.rows, stage.trail)).reshape(-1)
-
-    magnitudes = np.abs(matrix)
-    sums, largest = magnitudes.sum(axis=1), magnitudes.max(axis=1)
-    channels = fit_channels(spread(largest), spread(sums), stage.depth, bias, x_scale, y_scale)
+def quantized_stage(stage: Stage, bias: Array, x_scale: float, y_scale: float) -> QuantizedCall | None:
+    """Rows of the matrices have a scale each; bias and multipliers belong to the features of the result."""
+    weight = stage.weight.astype(np.float64)
+    magnitudes = np.abs(weight)
+    largest, sums = stage.spread(magnitudes.max(axis=2)), stage.spread(magnitudes.sum(axis=2))
+    channels = fit_channels(largest, sums, weight.shape[2], bias, x_scale, y_scale)
     if channels is None:
         return None
-    by_row = channels.scale.reshape(stage.lead, stage.rows, stage.trail)[0, :, 0]
-    constants = constants_of((to_int8(matrix, by_row[:, None]),), bias, channels, x_scale)
+    constants = constants_of((to_int8(weight, stage.gather(channels.scale)[:, :, None]),), bias, channels, x_scale)
     return QuantizedCall("stage", (), constants, sizes={"lead": stage.lead, "trail": stage.trail}, shift=channels.shift)

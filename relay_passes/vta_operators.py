@@ -76,11 +76,11 @@ def stage(call: QuantizedCall) -> Operator:
     """Features (a, k, b) are brought into the order (a, b, k), and back."""
     lead, trail = call.sizes["lead"], call.sizes["trail"]
     weight = call.weight()
-    rows, depth = weight.shape
+    _, rows, depth = weight.shape
     before = order(lead, depth, trail)
     after = np.argsort(order(lead, rows, trail))
     orders = {"in_order": before, "out_order": after} if trail > 1 else {}
-    return Int8BlockDiagonal(weight[None], **weighted(call), groups=lead * trail, **orders)
+    return Int8BlockDiagonal(weight, **weighted(call), groups=lead * trail, **orders)
 
 
 def order(lead: int, middle: int, trail: int) -> Array:

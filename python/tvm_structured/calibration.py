@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,8 +16,9 @@ from tvm_structured.errors import ModelError
 from tvm_structured.inputs import Input, check_input
 from tvm_structured.progress import track
 from tvm_structured.quantized import part_name, whole_layer
-from tvm_structured.structures import TensorTrain
-from tvm_structured.structures.tt_order import core_matrix
+
+if TYPE_CHECKING:
+    from tvm_structured.relay_passes.stages import Stage
 
 METHODS = ("minmax", "percentile", "mse")
 BINS = 2048
@@ -129,8 +130,8 @@ def calibrate(mod: Any, inputs: Sequence[Input], data: Any, options: Quantizatio
         lowered = structured_pipeline({}, target)(observed)
         executable = tvm.compile(lowered, target, relax_pipeline="default_build")
     run = tvm.relax.VirtualMachine(executable, tvm.cpu())["main"]
-    trains = trains_of(mod)
-    observers = {name: Observer() for name in (*names, *(part for train in trains for part in train.parts))}
+    staged = staged_layers(mod)
+    observers = {name: Observer() for name in (*names, *(part for layer in staged for part in layer.parts))}
     batches = list(batches_of(data, inputs))
     if not batches:
         raise ModelError("calibration: no data; give arrays with at least one sample")
@@ -138,44 +139,44 @@ def calibrate(mod: Any, inputs: Sequence[Input], data: Any, options: Quantizatio
         raise ModelError("calibration: all samples are zeros, which says nothing about ranges; give real ones")
     for batch in track(batches, "Calibrating"):
         values = {n: v.numpy() for n, v in zip(names, run(*(to_tvm(array) for array in batch)), strict=True)}
-        for train in trains:
-            values.update(train.states(values[train.x]))
+        for layer in staged:
+            values.update(layer.states(values[layer.x]))
         for name, value in values.items():
             observers[name].add(name, value)
     return {name: observer.range(options) for name, observer in observers.items()}
 
 
 @dataclass(frozen=True, eq=False)
-class Train:
-    """A tensor-train layer, whose states between the cores are no tensors of the module."""
+class Staged:
+    """A layer that is a product of stages, whose states between them are no tensors of the module."""
 
     x: str  # name of its input
     layer: str
-    structure: Any
+    stages: Sequence[Stage]
 
     @property
     def parts(self) -> list[str]:
-        """Names of the states before the last core's."""
-        return [part_name(self.layer, f"core{stage.core}") for stage in self.structure.order.stages[:-1]]
+        """Names of the states, less the last one, which is the layer's result."""
+        return [part_name(self.layer, stage.name) for stage in self.stages[:-1]]
 
     def states(self, x: np.ndarray) -> dict[str, np.ndarray]:
         states: dict[str, np.ndarray] = {}
-        state, order = x, self.structure.order
-        for name, stage in zip(self.parts, order.stages, strict=False):
-            matrix = core_matrix(self.structure.cores[stage.core], order.is_last_core_first)
-            state = states[name] = matrix @ state.reshape(-1, stage.depth, stage.trail)
+        state = x.reshape(-1, x.shape[-1])
+        for name, stage in zip(self.parts, self.stages, strict=False):
+            state = states[name] = stage.apply(state)
         return states
 
 
-def trains_of(mod: Any) -> list[Train]:
+def staged_layers(mod: Any) -> list[Staged]:
     from tvm_structured.dialect import LayerCall
     from tvm_structured.relay_passes.observe_tensors import tensor_names
+    from tvm_structured.relay_passes.stages import STAGED, stages_of
 
     main = mod["main"]
     names = tensor_names(main)
-    calls = [LayerCall.of(binding.value) for block in main.body.blocks for binding in block.bindings]
-    trains = [call for call in calls if call is not None and call.op == TensorTrain.name and call.conv is None]
-    return [Train(names[call.x], call.layer, call.to_structure()) for call in trains]
+    values = [getattr(binding, "value", None) for block in main.body.blocks for binding in block.bindings]
+    calls = [call for call in map(LayerCall.of, values) if call is not None and call.conv is None and call.op in STAGED]
+    return [Staged(names[call.x], call.layer, stages_of(call.to_structure()) or []) for call in calls]
 
 
 def batches_of(data: Any, inputs: Sequence[Input]) -> Iterator[list[np.ndarray]]:

@@ -1,14 +1,17 @@
 """The Relax operators `relax.quantized.*`: int8 tensors in and out, exact integer arithmetic in between.
 
     R.quantized.dense(x (..., in), [residual], factors..., bias (out,), multiplier (out,), layer="fc1.weight", ...)
-    R.quantized.stage(x (n, lead * depth * trail), [residual], weight (rows, depth), bias, multiplier, ...)
+    R.quantized.stage(x (n, lead * depth * trail), [residual], weight (places, rows, depth), bias, multiplier, ...)
     R.quantized.conv2d(x NCHW, [residual], weight OIHW, bias, multiplier, ...)
     R.quantized.conv2d_transpose(x NCHW, [residual], weight (in, out / groups, kh, kw), bias, multiplier, ...)
     R.quantized.add(a, b), rescale(x), max_pool2d(x NCHW), avg_pool2d(x NCHW)
 
 Values are symmetric: real = scale * int8, and 0 is 0. The scales themselves live in the `quantize` and `dequantize`
-calls at the edges. A stage is a tensor train's: y[n, a, i, b] = sum_k weight[i, k] * x[n, a, k, b]. Sums of products
-become int8 again by what any integer machine has:
+calls at the edges. A stage is one factor of a structure (see stages.py), with the sums
+
+    acc[n, a, i, b] = sum_k weight[(a, b) or 0, i, k] * x[n, a, k, b]
+
+Sums of products become int8 again by what any integer machine has:
 
     y = clip(round_shift(round_shift(acc + bias, pre_shift) * multiplier, shift) + residual', low, high)
     residual' = round_shift(residual * m, s);   round_shift(v, s) = (v + 2^(s - 1)) >> s, v for s = 0
@@ -159,8 +162,8 @@ class QuantizedCall:
             return (*shape[:-1], weight[0])
         if self.op == "stage":
             around = self.sizes["lead"] * self.sizes["trail"]
-            self._check("features", shape[-1], around * weight[1])
-            return (*shape[:-1], around * weight[0])
+            self._check("features", shape[-1], around * weight[2])
+            return (*shape[:-1], around * weight[1])
         if self.op == "conv2d":
             self._check("channels", shape[1], weight[1] * self.groups)
             return (shape[0], weight[0], *self._window(shape[2:], weight[2:]))

@@ -39,8 +39,9 @@ def weighted(op: str, x: tuple[int, ...], weight: tuple[int, ...], outs: int, **
     [
         pytest.param(weighted("dense", (3, 7), (5, 7), 5, pre_shift=3), id="dense"),
         pytest.param(weighted("dense", (1, 64), (16, 64), 16, low=0), id="dense-relu"),
-        pytest.param(weighted("stage", (2, 3 * 4 * 5), (6, 4), 90, sizes={"lead": 3, "trail": 5}), id="stage"),
-        pytest.param(weighted("stage", (2, 12), (6, 4), 18, sizes={"lead": 3, "trail": 1}), id="stage-last"),
+        pytest.param(weighted("stage", (2, 3 * 4 * 5), (1, 6, 4), 90, sizes={"lead": 3, "trail": 5}), id="stage"),
+        pytest.param(weighted("stage", (2, 12), (1, 6, 4), 18, sizes={"lead": 3, "trail": 1}), id="stage-last"),
+        pytest.param(weighted("stage", (2, 24), (6, 5, 4), 30, sizes={"lead": 3, "trail": 2}), id="stage-places"),
         pytest.param(weighted("conv2d", (2, 3, 7, 9), (5, 3, 3, 3), 5, padding=(1, 1, 1, 1)), id="conv"),
         pytest.param(
             weighted("conv2d", (1, 6, 8, 5), (4, 3, 2, 3), 4, strides=(2, 1), padding=(0, 2, 1, 0), groups=2),
