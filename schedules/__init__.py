@@ -12,6 +12,7 @@ from tvm_structured.schedules.low_rank import LowRankKernel
 from tvm_structured.schedules.permuted_diagonal import PermutedDiagonalKernel
 from tvm_structured.schedules.spatial_low_rank import SpatialLowRankKernel
 from tvm_structured.schedules.tensor_train import TensorTrainKernel
+from tvm_structured.schedules.toeplitz_like import ToeplitzLikeKernel
 from tvm_structured.schedules.tucker import TuckerKernel
 from tvm_structured.schedules.winograd import WinogradKernel
 
@@ -26,6 +27,7 @@ KERNELS: dict[str, Kernel] = {
         PermutedDiagonalKernel(),
         SpatialLowRankKernel(),
         TensorTrainKernel(),
+        ToeplitzLikeKernel(),
         TuckerKernel(),
         WinogradKernel(),
     )

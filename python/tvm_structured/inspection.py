@@ -9,6 +9,7 @@ from typing import Any
 from tvm_structured.guard import TOLERANCE
 from tvm_structured.progress import track
 from tvm_structured.structures import STRUCTURES, Budget, Layer, Structure, as_layer
+from tvm_structured.structures.displacement import Displacement, displacement_scan
 
 
 @dataclass(frozen=True)
@@ -23,13 +24,24 @@ class Nearness:
 
 @dataclass(frozen=True)
 class Finding:
-    """One layer. `found` is the structure that the weight has, or None; `near` the nearest member of each family."""
+    """One layer. `found` is the structure that the weight has, or None; `near` the nearest member of each family.
+
+    `displacement` names the family of Toeplitz, Hankel, Vandermonde or Cauchy matrices that the weight belongs to, be
+    there a structure for it or not.
+    """
 
     layer: str
     kind: str
     shape: tuple[int, ...]
     found: Structure | None
     near: tuple[Nearness, ...]
+    displacement: Displacement | None = None
+
+    @property
+    def has(self) -> str:
+        """What the weight has, in a few words; `-` for nothing."""
+        names = [f"{self.found.name} {self.found.describe()}"] if self.found else []
+        return "; ".join([*names, *([str(self.displacement)] if self.displacement else [])]) or "-"
 
 
 @dataclass(frozen=True)
@@ -72,9 +84,10 @@ class Inspection(Mapping[str, Finding]):
             table.add_column(family, justify="right")
         for finding in self.findings.values():
             near = {n.structure: f"{n.error:.2g} ({n.size})" for n in finding.near}
-            found = f"{finding.found.name} {finding.found.describe()}" if finding.found else "-"
             shape = "x".join(map(str, finding.shape))
-            table.add_row(finding.layer, finding.kind, shape, found, *(near.get(family, "-") for family in families))
+            table.add_row(
+                finding.layer, finding.kind, shape, finding.has, *(near.get(family, "-") for family in families)
+            )
         return table
 
 
@@ -110,4 +123,5 @@ def look_at(layer: Layer, max_params: float) -> Finding:
         if member is not None:
             share = member.num_params / layer.num_params
             near.append(Nearness(member.name, member.describe(), share, member.error(layer)))
-    return Finding(layer.name, type(layer).__name__.lower(), tuple(layer.weight.shape), found, tuple(near))
+    kind, displacement = type(layer).__name__.lower(), displacement_scan(layer.matrix, TOLERANCE)
+    return Finding(layer.name, kind, tuple(layer.weight.shape), found, tuple(near), displacement)

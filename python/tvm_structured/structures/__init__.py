@@ -11,6 +11,7 @@ from tvm_structured.structures.low_rank import LowRank
 from tvm_structured.structures.permuted_diagonal import PermutedDiagonal
 from tvm_structured.structures.spatial_low_rank import SpatialLowRank
 from tvm_structured.structures.tensor_train import TensorTrain
+from tvm_structured.structures.toeplitz_like import ToeplitzLike
 from tvm_structured.structures.tucker import Tucker
 from tvm_structured.structures.unstructured import Unstructured
 from tvm_structured.structures.winograd import Winograd
@@ -24,6 +25,7 @@ STRUCTURES: dict[str, type[Structure]] = {
         PermutedDiagonal,
         SpatialLowRank,
         TensorTrain,
+        ToeplitzLike,
         Tucker,
         Winograd,
     )
