@@ -23,6 +23,7 @@ from model_peers import Call
 from peers import linear_peers
 
 import tvm_structured as ts
+from tvm_structured.structures.debut_chain import butterfly
 from tvm_structured.targets import physical_cores
 
 MODES = {"out_modes": (16, 16, 16), "in_modes": (16, 16, 16)}
@@ -52,6 +53,10 @@ FORMS: dict[str, Form] = {
     **{f"permuted-diagonal {p}, 4096x9216": Form("permuted_diagonal", {"block": p}, (4096, 9216)) for p in (4, 8, 16)},
     **{f"tensor-train 16^3 rank {r}": Form("tensor_train", {**MODES, "rank": r}) for r in (4, 8, 16)},
     "low rank N/8": Form("low_rank", {"rank": 512}),
+    "butterfly radix 16": Form("debut", {"chain": butterfly(4096, 16)}),
+    "butterfly radix 2": Form("debut", {"chain": butterfly(4096)}),
+    "Monarch 64x64": Form("debut", {"chain": butterfly(4096, 64)}),
+    "Toeplitz-like rank 2": Form("toeplitz_like", {"rank": 2}),
 }
 QUICK = ("dense", "block-circulant 16", "permuted-diagonal 8")
 

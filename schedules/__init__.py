@@ -5,6 +5,7 @@ from __future__ import annotations
 from tvm_structured.schedules.base import Config, ConvGeometry, Epilogue, Kernel, Site
 from tvm_structured.schedules.block_circulant import BlockCirculantKernel
 from tvm_structured.schedules.conv2d import Conv2dKernel
+from tvm_structured.schedules.cp import CPKernel
 from tvm_structured.schedules.cpu import Cpu
 from tvm_structured.schedules.debut import DeButKernel
 from tvm_structured.schedules.dense import DenseKernel
@@ -22,6 +23,7 @@ KERNELS: dict[str, Kernel] = {
         DenseKernel(),
         Conv2dKernel(),
         BlockCirculantKernel(),
+        CPKernel(),
         DeButKernel(),
         LowRankKernel(),
         PermutedDiagonalKernel(),

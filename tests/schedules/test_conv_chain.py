@@ -20,6 +20,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "low_rank": {"rank": 5},
     "spatial_low_rank": {"rank": 5},
     "tucker": {"ranks": (6, 5)},
+    "cp": {"rank": 5, "bits": 8},
 }
 
 
@@ -51,7 +52,7 @@ def test_strides_dilations_and_layouts(guarded: Any, family: str) -> None:
 def test_every_configuration_is_right_for_any_batch(guarded: Any, family: str) -> None:
     conv = ConvGeometry((3, 3), padding=(1, 1, 1, 1))
     fixed = {"structure": member_of(family, conv=conv), "conv": conv, "image": (8, 8)}
-    cases = [{**fixed, "rows": (1,), "config": config, "blocked": (True, True)} for config in range(1, 4)]
+    cases = [{**fixed, "rows": (1,), "config": config, "blocked": (True, True)} for config in range(1, 5)]
     cases += [
         {**fixed, "rows": (1, 3), "symbolic": True, "blocked": blocked} for blocked in ((False,) * 2, (True,) * 2)
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tvm_structured.structures.base import Size, Structure, as_budget, factor, fits
 from tvm_structured.structures.block_circulant import BlockCirculant
 from tvm_structured.structures.budget import Budget
+from tvm_structured.structures.cp import CP
 from tvm_structured.structures.debut import DeBut
 from tvm_structured.structures.layer import Conv2d, Dense, Layer, as_layer
 from tvm_structured.structures.low_rank import LowRank
@@ -20,6 +21,7 @@ STRUCTURES: dict[str, type[Structure]] = {
     structure.name: structure
     for structure in (
         BlockCirculant,
+        CP,
         DeBut,
         LowRank,
         PermutedDiagonal,

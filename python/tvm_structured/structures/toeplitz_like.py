@@ -13,9 +13,9 @@ from typing_extensions import Self
 from tvm_structured.errors import ModelError
 from tvm_structured.structures.base import Size, Structure, as_budget, factor, fits
 from tvm_structured.structures.budget import Budget
-from tvm_structured.structures.displacement import LARGEST_RANK, displaced, displacement_rank, shift_signs
+from tvm_structured.structures.displacement import LARGEST_RANK, displacement_rank, shift_signs
 from tvm_structured.structures.layer import Array, Dense, Layer, as_layer
-from tvm_structured.structures.truncated_svd import leading_svd
+from tvm_structured.structures.toeplitz_fit import fit
 
 LONGEST = 1 << 14  # of a transform
 SHORTEST = 1 << 8
@@ -28,8 +28,8 @@ class ToeplitzLike(Structure):
 
     With (e, f) = `shift_signs`: A_i[a, k] = (Z_e^k c_i)[a] and B_i[k, j] = ((Z_f^T)^(in - 1 - k) h_i)[j].
     columns: c, (rank, out); rows: h, (rank, in). Displacement Z_e W - W Z_f = sum_i g_i h_i^T, where
-    c_i = (Z_e^in - f)^-1 g_i. Circulants have rank 1, Toeplitz matrices 2. The projection truncates the SVD of the
-    displacement: exact for members. Source: Pan, "Structured Matrices and Polynomials", 2001, chapter 4.
+    c_i = (Z_e^in - f)^-1 g_i. Circulants have rank 1, Toeplitz matrices 2. The projection (`toeplitz_fit`) is
+    exact for members. Source: Pan, "Structured Matrices and Polynomials", 2001, chapter 4.
     """
 
     name: ClassVar[str] = "toeplitz_like"
@@ -67,16 +67,14 @@ class ToeplitzLike(Structure):
 
     @classmethod
     def from_dense(cls, layer: Layer, *, rank: int) -> Self:  # type: ignore[override]
-        """The member whose displacement is the nearest of that rank. Raises ModelError for a rank outside 1..4."""
+        """A near member (`toeplitz_fit`), exact for members. Raises ModelError for a rank outside 1..4."""
         layer = as_layer(layer)
         out, inner = (int(extent) for extent in layer.matrix.shape)
         if not 1 <= rank <= min(LARGEST_RANK, out, inner):
             raise ModelError(f"{layer.name}: displacement rank {rank} is outside 1..{min(LARGEST_RANK, out, inner)}")
-        u, s, vh = leading_svd(displaced(layer.matrix), rank)
-        root = np.sqrt(s)
-        columns = solve_shifts((u * root).T, (out, inner))
+        columns, rows = fit(layer.matrix, rank)
         dtype = layer.weight.dtype
-        return cls((out, inner), columns.astype(dtype), (root[:, None] * vh).astype(dtype))
+        return cls((out, inner), columns.astype(dtype), rows.astype(dtype))
 
     @classmethod
     def detect(cls, layer: Any, tol: float = 1e-5) -> Self | None:
@@ -126,13 +124,13 @@ class ToeplitzLike(Structure):
         out, inner = self.shape
         if x.shape[-1] != inner:
             raise ModelError(f"{self.name} takes {inner} features, got an input of shape {tuple(x.shape)}")
-        fft, length = fourier(x), self.length
-        left, right = self.symbols()
+        fft, length, dtype = fourier(x), self.length, x.dtype
+        left, right, x = (widened(array) for array in (*self.symbols(), x))
         spectrum = fft.rfft(x, n=length)[..., None, :] * fft.rfft(right, n=length)
         between = fft.irfft(spectrum, n=length)[..., :inner]
         total = (fft.rfft(between, n=length) * fft.rfft(left, n=length)).sum(-2)
         y = fft.irfft(total, n=length)[..., :out]
-        return y.astype(x.dtype) if isinstance(x, np.ndarray) else y.to(x.dtype)
+        return y.astype(dtype) if isinstance(y, np.ndarray) else y.to(dtype)
 
     def dense(self) -> Any:
         """(out, in), some columns at a time; differentiable where the factors are torch tensors."""
@@ -150,17 +148,6 @@ class ToeplitzLike(Structure):
 
     def describe(self) -> str:
         return f"rank={self.rank}"
-
-
-def solve_shifts(vectors: Array, shape: tuple[int, int]) -> Array:
-    """(Z_e^in - f)^-1 of each vector (.., out): Z_e is diagonal in the Fourier basis, twisted for e = -1."""
-    out, inner = shape
-    e, f = shift_signs(shape)
-    turn = np.exp(1j * np.pi * np.arange(out) / out) if e == -1 else np.ones(out)
-    eigenvalues = np.exp(-2j * np.pi * np.arange(out) / out) * (np.exp(1j * np.pi / out) if e == -1 else 1)
-    solved = np.fft.ifft(np.fft.fft(vectors * turn) / (eigenvalues**inner - f)) / turn
-    result: Array = solved.real
-    return result
 
 
 def fourier(x: Any) -> Any:
@@ -188,3 +175,10 @@ def spread(values: Any, first: int, length: int) -> Any:
     import torch
 
     return torch.cat([values[:, :first], values.new_zeros(shape), values[:, first:]], dim=1)
+
+
+def widened(x: Any) -> Any:
+    """At least float32: torch transforms nothing narrower on CPUs."""
+    if isinstance(x, np.ndarray) or x.element_size() >= 4:
+        return x
+    return x.float()
