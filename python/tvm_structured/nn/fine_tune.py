@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,31 +74,18 @@ def fine_tune(
     schedule = torch.optim.lr_scheduler.OneCycleLR(step_by, max_lr=lr, total_steps=epochs * len(batches))
     criterion = Criterion(loss, teacher if teacher is None else teacher.to(device).eval(), distill, temperature)
     settings = {"epochs": epochs, "lr": lr, "steps": len(batches), "seed": seed, "model": describe_model(model)}
-    run = Run(model, step_by, schedule, settings, checkpoint)
+    run = Run(model, trained, step_by, schedule, criterion, device, clip, autocast, settings, checkpoint)
     start = time.perf_counter()
     with (
         torch.random.fork_rng([device] if device.type == "cuda" else []),
         tqdm(total=epochs * len(batches), desc="fine-tuning", unit="batch", disable=not progress) as bar,
     ):
         torch.manual_seed(seed)
-        run.resume(device)
+        run.resume()
         bar.update(len(run.losses) * len(batches))
         for epoch in range(len(run.losses), epochs):
-            model.train()
-            total = rows = 0.0
-            for inputs, targets in batches.epoch(epoch):
-                x, y = move(inputs, device), move(targets, device)
-                with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-                    value = criterion(model(x), x, y)
-                step_by.zero_grad()
-                value.backward()
-                if clip is not None:
-                    nn.utils.clip_grad_norm_(trained, clip)
-                step_by.step()
-                schedule.step()
-                total, rows = total + value.item() * len(x), rows + len(x)
-                bar.update()
-            run.end_epoch(checked(total / rows, epoch, lr), evaluate, device)
+            mean = run.epoch(batches.epoch(epoch), bar.update)
+            run.end_epoch(checked(mean, epoch, lr), evaluate)
             bar.set_postfix(loss=f"{run.losses[-1]:.4f}", **({"score": f"{run.scores[-1]:.4f}"} if evaluate else {}))
     model.eval()
     return FineTuning(tuple(run.losses), tuple(run.scores), time.perf_counter() - start)
@@ -142,23 +129,47 @@ class Run:
     """A training's state, and its way to and from the checkpoint."""
 
     model: nn.Module
+    trained: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
+    criterion: Criterion
+    device: torch.device
+    clip: float | None
+    autocast: torch.dtype | None
     settings: dict[str, Any]
     path: Any
     losses: list[float] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
 
-    def end_epoch(self, loss: float, evaluate: Callable[[nn.Module], float] | None, device: torch.device) -> None:
+    def epoch(self, batches: Iterable[tuple[Any, Any]], done: Callable[[], Any]) -> float:
+        """Train on every batch once; the mean loss. `done` is called after each."""
+        self.model.train()
+        total, rows = 0.0, 0
+        for inputs, targets in batches:
+            x, y = move(inputs, self.device), move(targets, self.device)
+            with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+                value = self.criterion(self.model(x), x, y)
+            self.optimizer.zero_grad()
+            value.backward()
+            if self.clip is not None:
+                nn.utils.clip_grad_norm_(self.trained, self.clip)
+            self.optimizer.step()
+            self.schedule.step()
+            total, rows = total + value.item() * len(x), rows + len(x)
+            done()
+        return total / rows
+
+    def end_epoch(self, loss: float, evaluate: Callable[[nn.Module], float] | None) -> None:
         """Record an epoch and write the checkpoint."""
         self.losses.append(loss)
         if evaluate is not None:
             self.model.eval()
             self.scores.append(float(evaluate(self.model)))
         if self.path is not None:
-            save_checkpoint(self.path, self.state(device))
+            save_checkpoint(self.path, self.state())
 
-    def state(self, device: torch.device) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
+        is_cuda = self.device.type == "cuda"
         return {
             "settings": self.settings,
             "model": self.model.state_dict(),
@@ -167,10 +178,10 @@ class Run:
             "losses": self.losses,
             "scores": self.scores,
             "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+            "random_cuda": torch.cuda.get_rng_state(self.device) if is_cuda else None,
         }
 
-    def resume(self, device: torch.device) -> None:
+    def resume(self) -> None:
         """Go on where the checkpoint ends, if there is one."""
         state = None if self.path is None else load_checkpoint(self.path)
         if state is None:
@@ -182,7 +193,7 @@ class Run:
             self.schedule.load_state_dict(state["schedule"])
             self.losses, self.scores = list(state["losses"]), list(state["scores"])
             torch.set_rng_state(state["random"])
-            if device.type == "cuda" and state["random_cuda"] is not None:
-                torch.cuda.set_rng_state(state["random_cuda"], device)
+            if self.device.type == "cuda" and state["random_cuda"] is not None:
+                torch.cuda.set_rng_state(state["random_cuda"], self.device)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{self.path}: the checkpoint is incomplete ({error}); delete it") from None
