@@ -107,13 +107,15 @@ def test_a_depthwise_layer_takes_one_product_a_tap() -> None:
     assert model(lowered.program).gemm_micro_ops == 64 // 16 * 9 * 64
 
 
+@pytest.mark.parametrize("is_by_channel", [False, True])
 @pytest.mark.parametrize(("channels", "size"), [(64, 56), (128, 28), (256, 14), (512, 7)])
-def test_two_threads_hide_the_transfers_of_resnet_layers(channels: int, size: int) -> None:
+def test_two_threads_hide_the_transfers_of_resnet_layers(channels: int, size: int, is_by_channel: bool) -> None:
     """The 3x3 layers C2 to C5 of ResNet-18: at least 80 % of the modelled cycles are products."""
     rng = np.random.default_rng(3)
+    by_channel = Requantize(multiplier=rng.integers(4, 8, channels).astype(np.int32), shift=15, low=0)
     layer = Int8Conv2d(
-        int8(rng, channels, channels, 3, 3), rng.integers(-9999, 9999, channels).astype(np.int32),
-        Requantize(shift=10, low=0), name="conv", padding=(1, 1, 1, 1),
+        int8(rng, channels, channels, 3, 3) // 2, rng.integers(-9999, 9999, channels).astype(np.int32),
+        by_channel if is_by_channel else Requantize(shift=10, low=0), name="conv", padding=(1, 1, 1, 1),
     )  # fmt: skip
     one, two = (model(lower(layer, [(1, channels, size, size)], threads=threads).program) for threads in (1, 2))
     assert two.gemm_utilisation >= 0.8

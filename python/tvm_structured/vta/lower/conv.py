@@ -87,8 +87,8 @@ class Emission:
     def __init__(self, problem: Convolution, b: Builder, s: Schedule, sources: list[str], target: str) -> None:
         self.problem, self.b, self.s, self.sources, self.target = problem, b, s, sources, target
         self.g = g = problem.tiles
-        vectors = g.steps.vectors
-        kept = vectors * s.out
+        vectors, kept_blocks = g.steps.vectors, g.steps.blocks_kept(b.config, s.out)
+        kept = vectors * kept_blocks
         self.acc_size = s.out * s.rows * s.columns
         residual = problem.layer.residual is not None
         self.accs = Slots(kept, self.acc_size * (2 if residual else 1), s.threads)
@@ -96,7 +96,7 @@ class Emission:
         in_slots, wgt_slots = g.slots(s)
         self.inps = Slots(0, height * width * s.inner, in_slots)
         self.wgts = Slots(0, g.weights(s), wgt_slots)
-        self.epilogue = Epilogue(b, problem.layer, g.steps, Slots(0, s.out, vectors))
+        self.epilogue = Epilogue(b, problem.layer, g.steps, kept_blocks, Slots(0, kept_blocks, vectors))
 
     def run(self) -> None:
         g, s = self.g, self.s

@@ -109,7 +109,7 @@ class ConvTiles:
 
     def fits(self, s: Schedule) -> bool:
         parts, (height, width) = self.parts(s), self.window(s)
-        acc = self.config.depth(Memory.ACC) - self.steps.vectors * s.out
+        acc = self.config.depth(Memory.ACC) - self.steps.vectors * self.steps.blocks_kept(self.config, s.out)
         tile = s.out * s.rows * s.columns * (2 if self.layer.residual is not None else 1)
         inputs = slots_needed(s.threads, parts["steps"] * parts["pixels"] * parts["out"])
         return (

@@ -47,7 +47,7 @@ class Product(Problem):
         m = self.matrix
         chunks = -(-m.columns // s.inner) * -(-self.rows // s.rows)
         weights = chunks * -(-m.rows // s.out)
-        acc = self.config.depth(Memory.ACC) - self.steps.vectors * s.out
+        acc = self.config.depth(Memory.ACC) - self.steps.vectors * self.steps.blocks_kept(self.config, s.out)
         return (
             s.rows * s.inner * slots_needed(s.threads, chunks) <= self.config.depth(Memory.INP)
             and self.most_tiles(s) * slots_needed(s.threads, weights) <= self.config.depth(Memory.WGT)
@@ -107,13 +107,13 @@ def emit_product(b: Builder, product: Product, s: Schedule, sources: Sequence[st
     """Instructions of the product, from the regions `sources` to region `target`."""
     m, layer = product.matrix, product.layer
     product.check_fits(product.fits(s), s)
-    vectors = product.steps.vectors
-    kept = vectors * s.out
+    vectors, kept_blocks = product.steps.vectors, product.steps.blocks_kept(b.config, s.out)
+    kept = vectors * kept_blocks
     size = s.rows * s.out * (1 + product.spare)
     accs = Slots(kept, size, s.threads)
     inp_slots, wgt_slots = product.slots(s)
     inps, wgts = Slots(0, s.rows * s.inner, inp_slots), Slots(0, product.most_tiles(s), wgt_slots)
-    epilogue = Epilogue(b, layer, product.steps, Slots(0, s.out, vectors))
+    epilogue = Epilogue(b, layer, product.steps, kept_blocks, Slots(0, kept_blocks, vectors))
 
     def inputs(row: int, rows: int, column: int, columns: int) -> int:
         start, is_present = inps.take((row, column))

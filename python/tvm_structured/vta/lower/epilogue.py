@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tvm_structured.vta.config import Memory
+from tvm_structured.vta.config import Memory, VTAConfig
 from tvm_structured.vta.lower.builder import Builder, Slots
 from tvm_structured.vta.lower.uop_kernels import Loop
 from tvm_structured.vta.operators.base import Weighted
 from tvm_structured.vta.operators.requantize import LARGEST_ACC, LARGEST_IMMEDIATE, Integers, Scale, rounding
 
+SMALL_PART = 16  # of ACC
 LARGEST_SHIFT = 15  # whose rounding is an immediate
 
 
@@ -103,6 +104,12 @@ class Steps:
         """Kinds of constants that are no immediates."""
         return sum(not is_immediate(values) for values in (self.added, self.multiplier, self.added_after))
 
+    def blocks_kept(self, config: VTAConfig, tile: int) -> int:
+        """Blocks of channels whose vectors stay in ACC: all if that is little, since a load for each tile would wait
+        for the read port; else those of a tile of so many blocks."""
+        every = -(-len(self.multiplier) // config.block)
+        return every if self.vectors * every <= config.depth(Memory.ACC) // SMALL_PART else tile
+
 
 def is_immediate(values: Integers) -> bool:
     return bool((values == values[0]).all()) and abs(int(values[0])) <= LARGEST_IMMEDIATE
@@ -115,6 +122,7 @@ class Epilogue:
     builder: Builder
     layer: Weighted
     steps: Steps
+    kept: int  # blocks in one slot, see `blocks_kept`
     slots: Slots
 
     def __call__(
@@ -144,7 +152,10 @@ class Epilogue:
             if part[0] != neutral:
                 immediate(self.builder, tile, operation, int(part[0]))
             return
-        source = self._load(operation, part, first_block, tile.channels)
+        if self.kept * block >= len(values):
+            source = self._load(operation, values, 0, self.kept) + first_block
+        else:
+            source = self._load(operation, part, first_block, tile.channels)
         self.builder.alu(operation, tile.first, source, *tile.loops(vectors=True))
 
     def _load(self, operation: str, part: Integers, first_block: int, count: int) -> int:
