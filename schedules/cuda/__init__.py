@@ -8,7 +8,8 @@ The protocol is that of `schedules.base.Kernel` with a `GpuSite`. Every PrimFunc
   serial, which is how kernels are tested where there is no GPU.
 - Buffers that outlive a nest are declared around it, with an element for every thread that has one.
 - Intrinsics (tensor cores, asynchronous copies) come by `tensorize` or annotations and only if
-  `config["tensorize"]` is true; without it the same schedule keeps the plain block.
+  `config["tensorize"]` is true; without it the same schedule keeps the plain block. Emitted kernels (`threads`) call
+  device functions then (`device_code`), and are laid out as stages without it.
 - A PrimFunc may launch several kernels, one for each top-level nest over `blockIdx`.
 - x, y and the residual have the site's dtype, scale and bias are float32, sums are float32.
 """

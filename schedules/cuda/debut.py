@@ -15,7 +15,7 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as I
 
 from tvm_structured.schedules.base import Config, Kernel
-from tvm_structured.schedules.cuda.products import numpy_type
+from tvm_structured.schedules.cuda.functions import numpy_type
 from tvm_structured.schedules.cuda.threads import BYTES, ceildiv, f32, i32, launch, scratch, under
 from tvm_structured.schedules.cuda.writer import RowWriter
 from tvm_structured.schedules.debut import stages_of

@@ -19,7 +19,7 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as I
 
 from tvm_structured.schedules.base import Extent
-from tvm_structured.schedules.cuda.products import numpy_type
+from tvm_structured.schedules.cuda.functions import numpy_type
 from tvm_structured.schedules.cuda.threads import (
     BYTES,
     VECTOR_BYTES,

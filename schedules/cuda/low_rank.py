@@ -17,8 +17,9 @@ from tvm.tirx.script.builder import ir as I
 from tvm_structured.schedules.base import Config, Kernel
 from tvm_structured.schedules.cuda.dense_rows import emit_rows, pack_rows
 from tvm_structured.schedules.cuda.few_rows import Few
+from tvm_structured.schedules.cuda.functions import numpy_type
 from tvm_structured.schedules.cuda.gemm import Gemm
-from tvm_structured.schedules.cuda.products import MANY, few_space, matrix, numpy_type, prefers_few, tiles
+from tvm_structured.schedules.cuda.products import MANY, few_space, matrix, prefers_few, tiles
 from tvm_structured.schedules.cuda.threads import Threads, all_of, ceildiv, launch, multiple, scratch, under
 from tvm_structured.schedules.cuda.tile import Operand, Tile, pack_operand
 from tvm_structured.schedules.cuda.writer import RowWriter

@@ -20,8 +20,8 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as I
 
 from tvm_structured.schedules.base import Extent
+from tvm_structured.schedules.cuda.functions import numpy_type
 from tvm_structured.schedules.cuda.gemm import Gemm
-from tvm_structured.schedules.cuda.products import numpy_type
 from tvm_structured.schedules.cuda.threads import Threads, all_of, ceildiv, launch, multiple, scratch, under
 from tvm_structured.schedules.cuda.tile import Operand, Tile, pack_operand
 from tvm_structured.schedules.cuda.writer import RowWriter

@@ -24,7 +24,6 @@ from tvm_structured.schedules.emit import i64, when
 WARP = 32
 VECTOR_BYTES = 16
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-C_TYPES = {"float32": "float", "float16": "half", "bfloat16": "nv_bfloat16"}
 
 
 def f32(value: Any) -> Any:
@@ -109,9 +108,6 @@ class Shared:
 
     def set_vector(self, index: Sequence[Any], value: Any, lanes: int) -> None:
         I.buffer_store(self.buffer, value, [I.ramp(self.flat(index), 1, lanes)])
-
-    def vector(self, index: Sequence[Any], lanes: int) -> Any:
-        return self.buffer[I.ramp(self.flat(index), 1, lanes)]
 
     def at_first(self, index: Any) -> Any:
         """Element `index` of the first row."""
@@ -211,11 +207,6 @@ def call(name: str, *args: Any, source: str) -> None:
 def load_vector(buffer: Any, index: Sequence[Any], lanes: int) -> Any:
     *lead, last = index
     return buffer[(*lead, I.ramp(last, 1, lanes))]
-
-
-def store_vector(buffer: Any, value: Any, index: Sequence[Any], lanes: int) -> None:
-    *lead, last = index
-    I.buffer_store(buffer, value, [*lead, I.ramp(last, 1, lanes)])
 
 
 def all_of(conditions: Sequence[Any]) -> Any:

@@ -13,8 +13,9 @@ import numpy as np
 from tvm.tirx.script.builder import ir as I
 
 from tvm_structured.schedules.base import Config, Kernel
+from tvm_structured.schedules.cuda.functions import numpy_type
 from tvm_structured.schedules.cuda.gemm import Gemm
-from tvm_structured.schedules.cuda.products import numpy_type, tiles
+from tvm_structured.schedules.cuda.products import tiles
 from tvm_structured.schedules.cuda.threads import Threads, all_of, multiple, scratch, under
 from tvm_structured.schedules.cuda.tile import Operand, Tile, pack_operand
 from tvm_structured.schedules.cuda.winograd_tiles import TileGrid, emit_data_transform, emit_inverse_transform
