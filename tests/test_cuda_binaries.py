@@ -9,6 +9,7 @@ from tvm import te
 from tvm.s_tir import dlight
 
 import tvm_structured as ts
+from tvm_structured import cuda_binaries
 from tvm_structured.cuda_binaries import COMPILE, POSTPROC, binary_of, compile_cuda, embedding, find_nvcc, with_binary
 
 needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason="NO CUDA COMPILER: nothing was compiled for a GPU here")
@@ -32,6 +33,16 @@ def test_source_becomes_ptx_and_machine_code_without_a_gpu(arch: str) -> None:
 @needs_nvcc
 def test_source_that_does_not_compile_is_named() -> None:
     with pytest.raises(ts.TargetError, match=r"nvcc refuses.*error"):
+        compile_cuda("this is no CUDA", "sm_90")
+
+
+def test_nvrtc_takes_the_place_of_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_binaries, "find_nvcc", lambda: None)
+    if not cuda_binaries.has_nvrtc():
+        pytest.skip("NO NVRTC: install cuda-bindings and nvidia-cuda-nvrtc and set CUDA_PATH to try it")
+    assert compile_cuda(KERNEL, "sm_90").startswith(b"\x7fELF")
+    assert b".target sm_80" in compile_cuda(KERNEL, "sm_80", "ptx")
+    with pytest.raises(ts.TargetError, match="NVRTC refuses"):
         compile_cuda("this is no CUDA", "sm_90")
 
 

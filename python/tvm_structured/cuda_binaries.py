@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import functools
+import importlib
 import os
 import re
 import shutil
@@ -37,14 +38,43 @@ def find_nvcc() -> str | None:
     return found or (shutil.which("nvcc", path=str(Path(home) / "bin")) if home else None)
 
 
-def compile_cuda(source: str, arch: str, kind: str = "fatbin") -> bytes:
-    """Machine code ("cubin"), PTX ("ptx"), or both ("fatbin") of CUDA source for an arch such as "sm_90".
+def has_nvrtc() -> bool:
+    """Whether NVRTC is here (packages cuda-bindings and nvidia-cuda-nvrtc), and the headers of CUDA in CUDA_PATH."""
+    home = os.environ.get("CUDA_PATH")
+    if home is None or not (Path(home) / "include" / "cuda_runtime.h").is_file():
+        return False
+    try:
+        importlib.import_module("cuda.bindings.nvrtc")
+    except ImportError:
+        return False
+    return True
 
-    Raises TargetError without nvcc, or where nvcc refuses the source.
+
+def compile_cuda(source: str, arch: str, kind: str = "fatbin") -> bytes:
+    """Machine code ("cubin"), PTX ("ptx"), or both ("fatbin"; NVRTC gives the first only) of CUDA source for an arch
+    such as "sm_90".
+
+    Raises TargetError without nvcc and NVRTC, or where they refuse the source.
     """
     nvcc = find_nvcc()
-    if nvcc is None:
-        raise TargetError("no CUDA compiler: put nvcc on the PATH, or set CUDA_HOME")
+    if nvcc is not None:
+        return compile_by_nvcc(nvcc, source, arch, kind)
+    if has_nvrtc():
+        return compile_by_nvrtc(source, arch, kind)
+    raise TargetError("no CUDA compiler: put nvcc on the PATH, or set CUDA_HOME")
+
+
+def compile_by_nvrtc(source: str, arch: str, kind: str) -> bytes:
+    from tvm.support import nvcc
+
+    try:
+        return bytes(nvcc.compile_cuda(source, "ptx" if kind == "ptx" else "cubin", arch, compiler="nvrtc"))
+    except RuntimeError as error:
+        lines = [line for line in str(error).splitlines() if "error" in line] or [str(error)[:200]]
+        raise TargetError(f"NVRTC refuses the generated source for {arch}: {lines[-1]}") from None
+
+
+def compile_by_nvcc(nvcc: str, source: str, arch: str, kind: str) -> bytes:
     number = arch.removeprefix("sm_")
     codes = {"cubin": f"sm_{number}", "ptx": f"compute_{number}", "fatbin": f"[sm_{number},compute_{number}]"}
     with tempfile.TemporaryDirectory() as folder:
@@ -64,7 +94,7 @@ def embedding(arch: str) -> Iterator[None]:
     """Binaries go into all CUDA source that TVM generates inside, if there is a compiler for them."""
     import tvm_ffi
 
-    if find_nvcc() is None:
+    if find_nvcc() is None and not has_nvrtc():
         yield
         return
     previous = tvm_ffi.get_global_func(POSTPROC, allow_missing=True)
