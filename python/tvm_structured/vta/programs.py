@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tvm_structured.errors import VTAError
+from tvm_structured.errors import DeadlockError, VTAError
 from tvm_structured.files import atomic
 from tvm_structured.vta.config import VTAConfig
 from tvm_structured.vta.lower.lowered import Lowered
@@ -30,8 +31,12 @@ class Programs:
 
     @cached_property
     def timings(self) -> dict[str, Timing]:
-        """Layer -> the modelled times of its program."""
-        return {name: model(made.program) for name, _, made in self.layers()}
+        """Layer -> the modelled times of its program; less those whose order would overfill a queue of the hardware."""
+        timings = {}
+        for name, _, made in self.layers():
+            with suppress(DeadlockError):
+                timings[name] = model(made.program)
+        return timings
 
     def layers(self) -> Iterator[tuple[str, int, Lowered]]:
         """(name, region, program) in order; a name that occurs again gets a number."""
@@ -59,10 +64,10 @@ class Programs:
         """Write when load, compute and store work on a layer, by the timing model: a picture (.png, .svg, .pdf) or a
         trace that chrome://tracing and Perfetto show (.json).
 
-        Raises VTAError for another suffix, or a layer that is not on the accelerator.
+        Raises VTAError for another suffix, a layer that is not on the accelerator or one that has no modelled times.
         """
         made = self[layer]
-        return save_timeline(self.timings[layer], made.program, path, layer)
+        return save_timeline(self.timings.get(layer) or model(made.program), made.program, path, layer)
 
     def describe(self) -> dict[str, Any]:
         """What a module carries with it, for `vta_stats`."""
@@ -73,7 +78,7 @@ class Programs:
                 "region": number,
                 "instructions": len(made.program),
                 "counters": dict(zip(COUNTERS, made.program.counts.sum(axis=0).tolist(), strict=True)),
-                "cycles": self.timings[name].cycles,
+                "cycles": self.timings[name].cycles if name in self.timings else None,
                 "reason": made.reason,
             }
             for name, number, made in self.layers()
