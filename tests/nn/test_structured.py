@@ -146,7 +146,7 @@ def test_training_approaches_a_member_of_the_family(name):
     module.reset_parameters()
     optimizer = torch.optim.Adam(module.parameters(), lr=2e-2)
     losses = []
-    for _ in range(60):
+    while len(losses) < 200 and (not losses or losses[-1] >= 0.2 * losses[0]):  # products of many factors start slowly
         loss = F.mse_loss(module(x), goal)
         optimizer.zero_grad()
         loss.backward()
