@@ -1,6 +1,6 @@
 """For users of Relay: a script written for TVM 0.19, running today on structured kernels.
 
-    python tutorials/04_relay_users.py
+    python tutorials/06_relay_users.py
 
 Since version 0.20 TVM has no Relay: models become Relax, `tvm.nd` and the graph executor are gone, and a target is no
 longer written "llvm -mcpu=...". `tvm_structured.relay` is a door for scripts that know none of this. Change their
