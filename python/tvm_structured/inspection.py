@@ -73,21 +73,16 @@ class Inspection(Mapping[str, Finding]):
         from rich import box
         from rich.table import Table
 
-        families = [name for name, family in STRUCTURES.items() if not family.is_lossless]
-        title = (
-            f"structure of each layer; error of the nearest member with at most {self.max_params:.0%} of the parameters"
-        )
+        title = f"structure of each layer; nearest members with at most {self.max_params:.0%} of the parameters"
         table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
-        for heading in ("layer", "kind", "shape", "has"):
-            table.add_column(heading)
-        for family in families:
-            table.add_column(family, justify="right")
+        for heading in ("layer", "kind", "shape", "has", "error", "of the nearest"):
+            table.add_column(heading, justify="right" if heading == "error" else "left")
         for finding in self.findings.values():
-            near = {n.structure: f"{n.error:.2g} ({n.size})" for n in finding.near}
+            near = sorted(finding.near, key=lambda member: member.error)
+            errors = "\n".join(f"{member.error:.2g}" for member in near)
+            names = "\n".join(f"{member.structure} {member.size}" for member in near)
             shape = "x".join(map(str, finding.shape))
-            table.add_row(
-                finding.layer, finding.kind, shape, finding.has, *(near.get(family, "-") for family in families)
-            )
+            table.add_row(finding.layer, finding.kind, shape, finding.has, errors or "-", names or "-")
         return table
 
 
