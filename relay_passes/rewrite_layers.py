@@ -39,8 +39,12 @@ class RewriteLayers:
         layers, given, calls = find_layers(mod), find_structures(mod), find_calls(mod)
         rewrites = {}
         for name, structure in self.choices.items():
-            if name not in layers and name in given and given[name].name == structure.name:
-                continue  # the model's own structure
+            if name not in layers and name in given:
+                if structure.name == Unstructured.name:
+                    rewrites[name] = expansion_of(calls[name][0])
+                    continue
+                if given[name].name == structure.name:
+                    continue  # the model's own structure
             check_choice(name, structure, layers)
             rewrites[name] = rewrite_of(calls[name], structure)
         return _Rewriter(mod, rewrites).run()
@@ -71,7 +75,8 @@ class Rewrite:
     op: str
     sizes: dict[str, Any]
     factors: tuple[Any, ...]
-    holds_scale: bool  # the factors took the calls' scale in
+    holds_scale: bool = False  # the factors took the calls' scale in
+    expands: bool = False  # calls that are structured in the model become canonical ones
 
     def apply(self, call: LayerCall) -> LayerCall:
         if self.holds_scale:
@@ -79,6 +84,11 @@ class Rewrite:
             del operands["scale"]
             call = with_operands(call, operands)
         return replace(call, op=self.op, sizes=self.sizes, factors=self.factors)
+
+
+def expansion_of(call: LayerCall) -> Rewrite:
+    expanded = call.expanded()
+    return Rewrite(expanded.op, expanded.sizes, expanded.factors, expands=True)
 
 
 def rewrite_of(calls: list[LayerCall], structure: Structure) -> Rewrite:
@@ -135,6 +145,7 @@ class _Rewriter(PyExprMutator):
     def visit_call_(self, call: Any) -> Any:
         call = self.visit_expr_post_order(call)
         unpacked = LayerCall.of(call)
-        if unpacked is None or not unpacked.is_canonical or unpacked.layer not in self.rewrites:
+        rewrite = None if unpacked is None else self.rewrites.get(unpacked.layer)
+        if unpacked is None or rewrite is None or unpacked.is_canonical == rewrite.expands:
             return call
-        return self.rewrites[unpacked.layer].apply(unpacked).to_relax()
+        return rewrite.apply(unpacked).to_relax()

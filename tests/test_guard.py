@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,32 @@ def test_structure_that_wins_is_taken_with_its_gain() -> None:
     assert plan.choices["w"].name == "low_rank"
     assert "4.0x faster" in plan.notes["w"].reason
     assert (plan.notes["w"].seconds, plan.notes["w"].dense_seconds) == (0.25e-3, 1e-3)
+
+
+def test_a_layer_that_the_model_holds_structured_is_expanded_where_dense_is_faster() -> None:
+    member = STRUCTURES["low_rank"].from_dense(LOW_RANK, rank=3)
+    for seconds, name, reason in (
+        (1.3, "dense", "expanded to dense: low_rank rank=3 is 1.3x slower"),
+        (0.5, "low_rank", "the model's own structure; 2.0x faster"),
+    ):
+        plan = ts.Plan({}).with_given({"w": member}, lambda _: LOW_RANK, priced(dense=1.0, low_rank=seconds))
+        assert (plan.choices["w"].name, plan.notes["w"].reason) == (name, reason)
+        assert (plan.notes["w"].seconds, plan.notes["w"].dense_seconds) == (min(1.0, seconds) * 1e-3, 1e-3)
+
+
+def test_a_plan_may_expand_a_layer_that_the_model_holds_structured(tmp_path: Path) -> None:
+    module = ts.nn.StructuredLinear(24, 16, "low_rank", rank=2).eval()
+    x = torch.randn(3, 24)
+    for choice, name in ({"structure": "dense"}, "dense"), (None, "low_rank"):
+        path = tmp_path / "plan.json"
+        ts.compile(module, (x,), measure=False).plan.save(path)
+        if choice is not None:
+            document = json.loads(path.read_text())
+            document["layers"]["weight"] = choice
+            path.write_text(json.dumps(document))
+        compiled = ts.compile(module, (x,), plan=path)
+        assert [row.structure for row in compiled.report().rows] == [name]
+        torch.testing.assert_close(compiled(x), module(x), rtol=1e-5, atol=1e-6)
 
 
 def test_within_the_noise_of_a_clock_fewer_numbers_win() -> None:

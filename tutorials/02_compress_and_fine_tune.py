@@ -63,7 +63,8 @@ print("after each epoch: " + ", ".join(f"{score:.1%}" for score in training.scor
 
 # --- 5. Compile exactly what was trained ----------------------------------------------------------------------
 # Structured layers export as single operators that carry their factors. Nothing is detected again, and nothing is
-# approximated: the compiled network is the trained one.
+# approximated: the compiled network is the trained one. Layers this small may be faster dense; the guard then
+# multiplies their factors out, and the report says so.
 
 x = torch.from_numpy(digits.test_images[:64])
 compiled = ts.compile(small, inputs=(x,), target="host")
@@ -72,5 +73,6 @@ with torch.no_grad():
     expected = small(x)
 print(f"largest difference to torch: {(compiled(x) - expected).abs().max() / expected.abs().max():.1e} of the largest")
 assert torch.allclose(compiled(x), expected, rtol=1e-4, atol=1e-4)
-assert [compiled.plan.choices[f"{path}.weight"].name for path in choices] == [name for name, _ in choices.values()]
+for path, (name, _) in choices.items():
+    assert compiled.plan.choices[f"{path}.weight"].name in (name, "dense")
 print(f"wrote {compiled.export(folder / 'small.so').name}")

@@ -19,7 +19,7 @@ from tvm_structured.module import FORMAT, METADATA, Compiled
 from tvm_structured.planning import Plan, make_plan
 from tvm_structured.progress import stage
 from tvm_structured.report import Report, make_report
-from tvm_structured.structures import Layer, Structure
+from tvm_structured.structures import Layer, Structure, Unstructured
 from tvm_structured.targets import is_cuda, resolve_target, target_name
 
 if TYPE_CHECKING:
@@ -182,30 +182,36 @@ def settle_plan(
 
     layers: dict[str, Layer] = find_layers(mod)
     given: dict[str, Structure] = find_structures(mod)
+    calls = find_calls(mod)
+
+    def expanded(name: str) -> Layer:
+        return calls[name][0].expanded().to_layer()
+
     if plan is None:
         if budget is not None and not layers:
             raise ModelError(
                 "a budget was given, but the model has no layer with a constant float32 weight to apply it to"
             )
-        prices = None if target is None else Prices(find_calls(mod), target, store or CostStore(), measure, records)
-        return make_plan(layers, budget, prices, DetectionStore()).with_given(given)
+        prices = None if target is None else Prices(calls, target, store or CostStore(), measure, records)
+        return make_plan(layers, budget, prices, DetectionStore()).with_given(given, expanded, prices)
     if budget is not None:
         raise ModelError("give a plan or a budget, not both: the plan already says what every layer becomes")
     if isinstance(plan, (str, os.PathLike)):
         plan = Plan.load(plan)
     if not isinstance(plan, Plan):
         raise PlanError(f"a plan is a ts.Plan or the path of a saved one, got {type(plan).__name__} {plan!r}")
-    return plan.without(given).resolve(layers).with_given(given)
+    dense = [name for name in given if name in plan.choices and plan.choices[name].name == Unstructured.name]
+    return plan.without(given).resolve(layers).with_given(given).expanding(dense, expanded)
 
 
 def build(
     mod: Any, imported: Imported, plan: Plan, target: Any, records: Any = None, cuda_graph: bool = True
 ) -> Compiled:
     """Rewrite by plan, schedule and compile."""
-    from tvm_structured.relay_passes.find_layers import find_calls, find_layers
+    from tvm_structured.relay_passes.find_layers import find_calls
 
     report = make_report(find_calls(mod), plan, target_name(target))
-    choices = {name: plan.choices[name] for name in find_layers(mod)}
+    choices = {name: plan.choices[name] for name in find_calls(mod)}
     return assemble(mod, choices, imported, plan, report, target, records, cuda_graph)
 
 

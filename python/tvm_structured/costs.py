@@ -117,11 +117,11 @@ def host_architecture() -> str:
 
 
 def with_structure(call: LayerCall, structure: Structure) -> LayerCall:
-    """The canonical call, with the layer in another form."""
+    """The call, with the layer in another form."""
     from tvm import relax
 
     if structure.name == "dense":
-        return call
+        return call.expanded()
     factors = tuple(relax.const(np.ascontiguousarray(factor)) for factor in structure.factors.values())
     return replace(call, op=structure.name, sizes=structure.sizes_of, factors=factors)
 

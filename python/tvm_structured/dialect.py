@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -168,6 +168,16 @@ class LayerCall:
             return Unstructured.from_dense(self.to_layer())
         family = STRUCTURES[self.op]
         return family.from_factors(self.sizes, [constant(f) for f in self.factors])
+
+    def expanded(self) -> LayerCall:
+        """The canonical call of the same layer: its weight is the matrix that the structure stands for."""
+        if self.is_canonical:
+            return self
+        weight = np.asarray(self.to_structure().dense(), np.float32)
+        if self.conv is not None:  # flattened as (out, kh, kw, in)
+            weight = weight.reshape(len(weight), *self.conv.kernel, -1).transpose(0, 3, 1, 2)
+        op = "dense" if self.conv is None else "conv2d"
+        return replace(self, op=op, sizes={}, factors=(relax.const(np.ascontiguousarray(weight)),))
 
 
 def constant(expr: Any) -> np.ndarray | None:

@@ -50,6 +50,8 @@ class Candidates:
     near: tuple[Structure, ...]
     algorithms: tuple[Structure, ...]
     nothing: str  # what to say where no candidate is taken
+    held: str = "the weight has this structure"  # what to say of the exact ones
+    kept: str = "kept dense"
 
     def all(self) -> tuple[Structure, ...]:
         return self.exact + self.near + self.algorithms
@@ -57,7 +59,7 @@ class Candidates:
     def reason(self, member: Structure) -> str:
         """Why a member came into question; told by object, members have no equality."""
         if any(member is other for other in self.exact):
-            return "the weight has this structure"
+            return self.held
         return (
             "nearest within the budget"
             if any(member is other for other in self.near)
@@ -116,6 +118,11 @@ def fewer_operations(layer: Layer, members: Iterable[Structure | None]) -> tuple
     return tuple(member for member in members if member is not None and member.flops(rows) < dense)
 
 
+def given(member: Structure) -> Candidates:
+    """The form in which the model itself holds a layer."""
+    return Candidates((member,), (), (), "", "the model's own structure", "expanded to dense")
+
+
 def by_operations(layer: Layer, found: Candidates) -> tuple[Structure, Note]:
     """Structure that is there, else the nearest, else the default algorithm; the fewest operations first."""
     rows = layer.rows(1)
@@ -149,7 +156,7 @@ def by_price(layer: Layer, found: Candidates, price: Price) -> tuple[Structure, 
     reason = found.nothing
     if found.all():
         best = min(found.all(), key=lambda m: costs[id(m)].seconds)
-        reason = f"kept dense: {best.name} {best.describe()} is {ratio(limit, costs[id(best)])}"
+        reason = f"{found.kept}: {best.name} {best.describe()} is {ratio(limit, costs[id(best)])}"
     return dense, Note(0.0, reason, "", limit.seconds, limit.seconds, limit.is_measured)
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from tvm_structured.errors import BudgetError, PlanError
 from tvm_structured.guard import Memory, Note, Price, by_operations, by_price, candidates, digest, keep_dense
+from tvm_structured.guard import given as own_structure
 from tvm_structured.progress import track
 from tvm_structured.structures import STRUCTURES, Budget, Layer, Structure, Unstructured, as_budget, as_layer
+
+Layers = Callable[[str], Layer]
 
 
 @dataclass(frozen=True)
@@ -72,10 +75,27 @@ class Plan:
             choices[name], notes[name] = self._resolve_one(name, layer)
         return Plan(choices, notes)
 
-    def with_given(self, given: Mapping[str, Structure]) -> Plan:
-        """The plan with the layers added that are structured in the model already."""
-        notes = {name: Note(0.0, "the model's own structure") for name in given}
-        return Plan({**self.choices, **given}, {**self.notes, **notes})
+    def with_given(
+        self, given: Mapping[str, Structure], layers: Layers | None = None, price: Price | None = None
+    ) -> Plan:
+        """The plan with the layers added that are structured in the model already.
+
+        With prices they are guarded like all others: where the dense layer is faster, a layer is expanded.
+        `layers(name)` is the dense layer that a structured one stands for.
+        """
+        choices, notes = dict(self.choices), dict(self.notes)
+        for name, member in given.items():
+            choices[name], notes[name] = member, Note(0.0, "the model's own structure")
+            if layers is not None and price is not None:
+                choices[name], notes[name] = by_price(layers(name), own_structure(member), price)
+        return Plan(choices, notes)
+
+    def expanding(self, names: Iterable[str], layers: Layers) -> Plan:
+        """The plan with layers dense that are structured in the model."""
+        dense = {name: keep_dense(layers(name), "expanded to dense by the plan") for name in names}
+        choices = {name: choice for name, (choice, _) in dense.items()}
+        notes = {name: note for name, (_, note) in dense.items()}
+        return Plan({**self.choices, **choices}, {**self.notes, **notes})
 
     def without_algorithms(self, layers: Mapping[str, Layer]) -> Plan:
         """The plan with layers dense that would be computed by another algorithm in real numbers (Winograd): in

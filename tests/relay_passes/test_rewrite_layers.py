@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -220,6 +221,43 @@ def test_the_whole_road_of_a_small_network() -> None:
     assert operators(rewritten) == ["relax.structured.dense", "relax.structured.low_rank"]
     x = weight(RNG, 3, 6)
     np.testing.assert_allclose(run(rewritten, x), run(before, x), **CLOSE)
+
+
+# -- layers that the model holds in structured form -------------------------------------------------------------------
+
+
+def given_module(call: LayerCall, *shapes: Any) -> tvm.IRModule:
+    return relax_main(lambda emit, x, r: replace(call, x=x, operands=(const(S), const(B), r)).to_relax(), *shapes)
+
+
+GIVEN = low_rank((8, 6)), low_rank((8, 54))
+GIVEN_CALLS = [
+    LayerCall("low_rank", "fc", None, tuple(map(const, GIVEN[0].factors.values())), GIVEN[0].sizes_of, EPILOGUE),
+    replace(
+        LayerCall("low_rank", "conv", None, tuple(map(const, GIVEN[1].factors.values())), GIVEN[1].sizes_of, EPILOGUE),
+        conv=GEOMETRY,
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("call", "shapes", "op"),
+    [(GIVEN_CALLS[0], DENSE_SHAPES, "dense"), (GIVEN_CALLS[1], CONV_SHAPES, "conv2d")],
+    ids=["dense", "conv"],
+)
+def test_a_layer_of_the_model_is_expanded_where_dense_is_chosen(call: LayerCall, shapes: Any, op: str) -> None:
+    before = given_module(call, *shapes)
+    member = call.to_structure()
+    after = RewriteLayers({call.layer: Unstructured(member.shape, member.dense())})(before)
+    ((found,),) = find_calls(after).values()
+    assert (found.op, found.layer, found.conv, found.epilogue) == (op, call.layer, call.conv, EPILOGUE)
+    arrays = [RNG.standard_normal(shape).astype(np.float32) for shape in shapes]
+    np.testing.assert_allclose(run_on_kernels(after, *arrays), run_on_kernels(before, *arrays), **CLOSE)
+
+
+def test_a_layer_of_the_model_stays_where_its_own_structure_is_chosen() -> None:
+    before = given_module(GIVEN_CALLS[0], *DENSE_SHAPES)
+    ir.assert_structural_equal(RewriteLayers({"fc": GIVEN[0]})(before), before)
 
 
 # -- refusals -----------------------------------------------------------------------------------------------------
