@@ -34,7 +34,7 @@ def test_a_killed_session_goes_on_where_it_was(tmp_path: Path) -> None:
         assert first.poll() is None, "the session ended before it could be killed"
         time.sleep(0.01)
     os.kill(first.pid, signal.SIGKILL)
-    first.wait()
+    first.communicate()  # also closes its output
     before = ts.Database(tmp_path / "db").trials
     second = start(tmp_path / "db")
     output, _ = second.communicate(timeout=600)
