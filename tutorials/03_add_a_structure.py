@@ -1,7 +1,5 @@
 """Add a structure from outside the package: its mathematics, its kernel, an entry in each of two tables.
-
-Block-diagonal: dense blocks along the diagonal, zeros elsewhere. Run me: python tutorials/03_add_a_structure.py
-"""
+Block-diagonal: dense blocks along the diagonal, zeros elsewhere. Run me: python tutorials/03_add_a_structure.py"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -74,7 +72,7 @@ STRUCTURES["block_diagonal"], KERNELS["block_diagonal"] = BlockDiagonal, BlockDi
 planted = torch.nn.Linear(512, 500)
 planted.weight.data = torch.block_diag(*torch.randn(4, 125, 128) / 11)  # found; the layer behind it is trained as such
 model = torch.nn.Sequential(planted, torch.nn.ReLU(), ts.nn.StructuredLinear(500, 250, "block_diagonal", groups=5))
-compiled = ts.compile(model, inputs=(x := torch.randn(16, 512),), target="host")
+compiled = ts.compile(model, inputs=(x := torch.randn(16, 512),), target="host", measure=False)  # by operations
 print(compiled.report())
 assert torch.allclose(compiled(x), model(x), rtol=1e-4, atol=1e-4)
-assert {choice.name for choice in compiled.plan.choices.values()} <= {"block_diagonal", "dense"}  # what is faster here
+assert {choice.name for choice in compiled.plan.choices.values()} == {"block_diagonal"}
