@@ -23,7 +23,7 @@ from tvm_structured.structures import Structure
 from tvm_structured.targets import host_cpu, is_cuda
 from tvm_structured.timing import last_level_cache, seconds_in_turns
 
-METHOD = 2  # of measuring: costs that were taken in another way are not comparable
+METHOD = 3  # of measuring: costs that were taken in another way are not comparable
 PEAK_FLOPS = 100e9  # a core of a server CPU with AVX-512, for predictions: only ratios matter
 BANDWIDTH = 25e9  # bytes a second
 # share of PEAK_FLOPS that the kernels reach, roughly; see docs/benchmarks.md for how they are measured

@@ -13,6 +13,9 @@ import numpy as np
 ROUNDS = 5
 COLD_RUNS = 3  # to a round
 HOT_SECONDS = 3e-3  # of runs to a round
+LEAST_RUNS = 12  # to a round: one that waited for a busy processor must not end it
+MOST_SECONDS = 30e-3  # of runs to a round that are few
+QUANTILE = 0.1  # of the times that counts
 CACHE_SIZES = "/sys/devices/system/cpu/cpu0/cache"
 USUAL_CACHE = 32 * 1024 * 1024  # bytes, where the system does not tell
 
@@ -32,7 +35,7 @@ def seconds_in_turns(machines: Sequence[Any], inputs: Sequence[Sequence[np.ndarr
     """Seconds of one run of each machine's `main`, taken in turns, so that a slow phase of the processor hits all.
 
     Cold: all but the inputs has left the caches before each run. What else the processor does only makes runs slower,
-    so the lower quartile counts.
+    so a low quantile counts.
     """
     import tvm
 
@@ -47,15 +50,17 @@ def seconds_in_turns(machines: Sequence[Any], inputs: Sequence[Sequence[np.ndarr
     for _ in range(ROUNDS):
         for taken, (main, tensors) in zip(times, runs, strict=True):
             taken += take(main, tensors)
-    return [float(np.quantile(taken, 0.25)) for taken in times]
+    return [float(np.quantile(taken, QUANTILE)) for taken in times]
 
 
 def hot_runs(main: Any, tensors: Sequence[Any]) -> list[float]:
-    """One run and as many more as fit HOT_SECONDS; the first is not counted."""
+    """A run that is not counted, then as many as fit HOT_SECONDS, or LEAST_RUNS if they fit MOST_SECONDS."""
     main(*tensors)
     times: list[float] = []
-    while sum(times) < HOT_SECONDS:
+    spent = 0.0
+    while spent < HOT_SECONDS or (len(times) < LEAST_RUNS and spent < MOST_SECONDS):
         times.append(seconds_of(main, tensors))
+        spent += times[-1]
     return times
 
 
