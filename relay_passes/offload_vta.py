@@ -24,7 +24,8 @@ from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from tvm_structured.dialect import static_shape
 from tvm_structured.errors import VTAError
-from tvm_structured.quantized import QuantizedCall, whole_layer
+from tvm_structured.layer_parts import whole_layer
+from tvm_structured.quantized import QuantizedCall
 from tvm_structured.relay_passes.canonicalize_layers import main_of
 from tvm_structured.relay_passes.expressions import count_uses, op_name
 from tvm_structured.relay_passes.partition import Node, Region, partition

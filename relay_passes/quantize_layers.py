@@ -13,7 +13,8 @@ import numpy as np
 from tvm import relax
 
 from tvm_structured.dialect import LayerCall, constant, matrix_shape, static_shape
-from tvm_structured.quantized import QuantizedCall, part_name
+from tvm_structured.layer_parts import part_name
+from tvm_structured.quantized import QuantizedCall
 from tvm_structured.relay_passes.compose_epilogue import operands_of
 from tvm_structured.relay_passes.expressions import op_name
 from tvm_structured.relay_passes.integer_scales import Channels, fit_channels, fit_scale, to_int8

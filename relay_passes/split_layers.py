@@ -19,7 +19,7 @@ from tvm import relax
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from tvm_structured.dialect import LayerCall, static_shape
-from tvm_structured.quantized import part_name
+from tvm_structured.layer_parts import part_name
 from tvm_structured.relay_passes.compose_epilogue import operands_of, with_operands
 from tvm_structured.relay_passes.expressions import is_static
 from tvm_structured.schedules.base import ConvGeometry, Epilogue

@@ -9,7 +9,8 @@ import numpy as np
 
 from tvm_structured.dialect import constant, static_shape
 from tvm_structured.errors import VTAError
-from tvm_structured.quantized import QuantizedCall, whole_layer
+from tvm_structured.layer_parts import whole_layer
+from tvm_structured.quantized import QuantizedCall
 from tvm_structured.structures.layer import Array
 from tvm_structured.vta.operators import (
     Int8Add,

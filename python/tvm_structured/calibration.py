@@ -14,8 +14,8 @@ import numpy as np
 
 from tvm_structured.errors import ModelError
 from tvm_structured.inputs import Input, check_input
+from tvm_structured.layer_parts import part_name, whole_layer
 from tvm_structured.progress import track
-from tvm_structured.quantized import part_name, whole_layer
 
 if TYPE_CHECKING:
     from tvm_structured.relay_passes.stages import Stage

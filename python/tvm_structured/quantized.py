@@ -40,18 +40,6 @@ POOLS = ("max_pool2d", "avg_pool2d")
 OPERATORS = (*WEIGHTED, "add", "rescale", *POOLS)
 
 
-PART = "//"  # between the name of a layer and that of a part that it was split into
-
-
-def part_name(layer: str, part: str) -> str:
-    return f"{layer}{PART}{part}"
-
-
-def whole_layer(name: str) -> str:
-    """The layer that a part belongs to; other layers are their own."""
-    return name.partition(PART)[0]
-
-
 @py_class("tvm_structured.QuantizedAttrs")
 class QuantizedAttrs(ir.Attrs):
     """Attributes of every quantized operator; those that it does not have are empty, 0 or 1."""
