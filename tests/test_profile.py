@@ -32,7 +32,7 @@ class Small(nn.Module):
         return torch.softmax(self.last(self.twin(self.dense(torch.relu(self.dense(x))))), dim=-1)
 
 
-PLAN = {"dense.weight": Requested("block_circulant", {"block": 8}), "first.weight": Requested("low_rank", {"rank": 3})}
+PLAN = {"dense.weight": Requested("block_circulant", {"block": 8}), "first.weight": Requested("tensor_train")}
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
@@ -78,7 +78,7 @@ def test_a_layer_of_several_kernels_is_one_row(structured: ts.Compiled) -> None:
     profile = structured.profile(X, repeat=2)
     check_profile(profile)
     rows = layers_of(profile)
-    assert rows["first.weight"].kernel.split(", ") == ["patches", "low_rank", "rows_to_image"]
+    assert rows["first.weight"].kernel.split(", ") == ["patches", "tensor_train", "rows_to_image"]
     assert rows["dense.weight"].kernel == "block_circulant"
     reported = {row.layer: row.flops for row in structured.report().rows}
     assert {name: row.flops for name, row in rows.items()} == reported

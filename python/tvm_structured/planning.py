@@ -80,14 +80,16 @@ class Plan:
     ) -> Plan:
         """The plan with the layers added that are structured in the model already.
 
-        With prices they are guarded like all others: where the dense layer is faster, a layer is expanded.
+        With prices they are guarded like all others: a layer is expanded where dense was measured to be faster.
         `layers(name)` is the dense layer that a structured one stands for.
         """
         choices, notes = dict(self.choices), dict(self.notes)
         for name, member in given.items():
             choices[name], notes[name] = member, Note(0.0, "the model's own structure")
             if layers is not None and price is not None:
-                choices[name], notes[name] = by_price(layers(name), own_structure(member), price)
+                choice, note = by_price(layers(name), own_structure(member), price)
+                if choice is member or note.is_measured:
+                    choices[name], notes[name] = choice, note
         return Plan(choices, notes)
 
     def expanding(self, names: Iterable[str], layers: Layers) -> Plan:

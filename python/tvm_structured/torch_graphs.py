@@ -11,6 +11,7 @@ random inputs. Which structure W has (block-circulant, as a rule) the compiler f
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -35,17 +36,21 @@ def simplify(program: ExportedProgram) -> ExportedProgram:
     """The program with such expressions and regions as parameters and linear layers; itself where it has none."""
     if not Regions(program).found():
         return program
-    # with the empty table nothing is decomposed, but what writes into a tensor becomes a new tensor
-    regions = Regions(copy.deepcopy(program.run_decompositions({})))
-    for node in list(regions.graph.nodes):
-        if op_of(node) in INVERSE and node in regions.dependent:
+    with warnings.catch_warnings():  # torch meets a class there that it has deprecated itself
+        warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.` is deprecated", FutureWarning)
+        # with the empty table nothing is decomposed, but what writes into a tensor becomes a new tensor
+        regions = Regions(copy.deepcopy(program.run_decompositions({})))
+        linear = [n for n in regions.graph.nodes if op_of(n) in INVERSE and n in regions.dependent]
+        for node in linear:
             regions.fold_linear_map(node)
-    regions.graph.eliminate_dead_code()
-    for node in list(regions.graph.nodes):
-        if regions.is_foreign_weight(node):
+        regions.graph.eliminate_dead_code()
+        foreign = [node for node in regions.graph.nodes if regions.is_foreign_weight(node)]
+        if not linear and not foreign:
+            return program  # masks, say: TVM imports them better as they were written
+        for node in foreign:
             regions.replace_by_parameter(node)
-    regions.clean()
-    return regions.program.run_decompositions({})  # gives new parameters the names that their kind has
+        regions.clean()
+        return regions.program.run_decompositions({})  # gives new parameters the names that their kind has
 
 
 class Regions:

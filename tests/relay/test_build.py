@@ -182,7 +182,7 @@ def test_the_target_may_be_entered_instead_of_given(imported: Any, x: Any, expec
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"target": "cuda"}, TargetError, "CPU"),
+        ({"target": "vulkan"}, TargetError, "CPU"),
         ({"target": "llvm mcpu"}, TargetError, "'mcpu' is no option"),
         ({"target": "llvm -colour=red"}, TargetError, "does not know it"),
         ({"target": "llvm", "executor": "aot"}, ModelError, "executor 'aot'"),

@@ -24,9 +24,9 @@ def lowered_calls(model: nn.Module, x: torch.Tensor, choices: dict[str, Requeste
 
 def test_every_kernel_of_a_layer_has_its_name_and_other_operators_have_none() -> None:
     model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Sigmoid(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Softmax(1))
-    calls = lowered_calls(model, torch.randn(1, 4, 8, 8), {"2.weight": Requested("low_rank", {"rank": 2})})
+    calls = lowered_calls(model, torch.randn(1, 4, 8, 8), {"2.weight": Requested("tensor_train")})
     assert [layer for _, layer in calls] == ["0.weight", "", "2.weight", "2.weight", "2.weight", ""]
-    assert [symbol for symbol, layer in calls if layer == "2.weight"] == ["patches", "low_rank", "rows_to_image"]
+    assert [symbol for symbol, layer in calls if layer == "2.weight"] == ["patches", "tensor_train", "rows_to_image"]
 
 
 def test_layers_of_one_shape_share_a_kernel_and_keep_their_names() -> None:
