@@ -11,8 +11,7 @@ import numpy as np
 from typing_extensions import Self
 
 from tvm_structured.errors import ModelError
-from tvm_structured.structures.base import Size, Structure, as_budget, factor, fits
-from tvm_structured.structures.budget import Budget
+from tvm_structured.structures.base import Size, Structure, factor
 from tvm_structured.structures.displacement import LARGEST_RANK, displacement_rank, shift_signs
 from tvm_structured.structures.layer import Array, Dense, Layer, as_layer
 from tvm_structured.structures.toeplitz_fit import fit
@@ -89,22 +88,6 @@ class ToeplitzLike(Structure):
                 if member.error(layer) <= tol:
                     return member
         return None
-
-    @classmethod
-    def project(cls, layer: Any, budget: Budget | float) -> Self | None:
-        """The smallest member within `max_error`, else the nearest within the other limits."""
-        layer, budget = as_layer(layer), as_budget(budget)
-        best, nearest = None, math.inf
-        for size in cls.sizes(layer) if cls.takes(layer) else ():
-            member = cls.from_dense(layer, **size)
-            if not fits(member, layer, budget):
-                continue
-            error = member.error(layer)
-            if budget.max_error is not None and error <= budget.max_error:
-                return member
-            if budget.max_error is None and error < nearest:
-                best, nearest = member, error
-        return best
 
     # -- meaning ----------------------------------------------------------------------------------------
 
