@@ -17,9 +17,10 @@ ALLOWED = {
     "dialect": {"errors", "structures", "schedules", "relay_passes"},
     "quantized": {"errors", "structures", "dialect", "relay_passes"},
     "calibration": {
-        "dialect", "errors", "inputs", "module", "progress", "quantized", "relay_passes", "structures",
+        "dialect", "errors", "inputs", "layer_parts", "module", "progress", "quantized", "relay_passes", "structures",
     },
-    "relay_passes": {"errors", "structures", "schedules", "dialect", "quantized"},
+    "layer_parts": set(),
+    "relay_passes": {"errors", "structures", "schedules", "dialect", "layer_parts", "quantized"},
     "planning": {"errors", "structures", "progress", "plan_files", "guard"},
     "guard": {"structures"},
     "nn": {"errors", "structures", "dialect", "schedules", "planning", "progress", "files"},
