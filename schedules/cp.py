@@ -22,9 +22,7 @@ from tvm_structured.schedules.emit import Emitter, arg, parallel, prim_func, scr
 from tvm_structured.schedules.gemm import multiply_block, pack_panels
 from tvm_structured.schedules.images import ImageShape
 from tvm_structured.structures.base import Structure
-from tvm_structured.structures.cp import CP
-
-BYTE_BITS = 8
+from tvm_structured.structures.cp import BYTE_BITS, CP
 
 
 class CPKernel(ConvChainKernel):

@@ -134,6 +134,24 @@ def test_planted_members_are_found(out: int, inner: int, rank: int, seed: int) -
     assert member.ranks[0] <= rank and member.ranks[1] <= rank
 
 
+@pytest.mark.parametrize(
+    ("out", "inner", "ranks"), [(40, 36, (40, 5)), (40, 36, (6, 36)), (40, 36, (34, 30)), (7, 1, (3, 1))]
+)
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_a_side_of_full_rank_does_not_hide_the_other(out: int, inner: int, ranks: Any, scale: float) -> None:
+    weight = planted_tucker(out, inner, (3, 3), ranks).astype(np.float32) * np.float32(scale)
+    found = Tucker.detect(weight)
+    assert found is not None and found.ranks == ranks and found.error(weight) <= 1e-5
+
+
+def test_tucker_is_denied_without_an_svd_where_one_side_is_full(monkeypatch: Any) -> None:
+    def forbidden(*_: Any) -> Any:
+        raise AssertionError("a bound was enough")
+
+    monkeypatch.setattr("tvm_structured.structures.low_rank.svd", forbidden)
+    assert Tucker.detect(random_weight(64, 48, 3, 3).astype(np.float32)) is None
+
+
 def test_tucker_takes_the_smallest_ranks_within_an_error() -> None:
     weight = planted_tucker(24, 20, (3, 3), (5, 4)) + 1e-3 * random_weight(24, 20, 3, 3, seed=5)
     member = Tucker.project(weight, Budget(max_error=0.05))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tvm_structured.errors import ModelError
 from tvm_structured.structures import Budget, as_layer
 from tvm_structured.structures.cp import CP
-from tvm_structured.structures.cp_fit import distance, fit, integer_columns, khatri_rao
+from tvm_structured.structures.cp_fit import distance, fit, integer_columns, khatri_rao, start
 
 few = settings(deadline=None, max_examples=15)
 
@@ -55,6 +55,27 @@ def test_rounding_within_the_sweeps_beats_rounding_behind_them() -> None:
         behind = CP.of_columns(layer, columns, bits)
         assert within.error(layer) < behind.error(layer)
     assert CP.from_dense(layer, rank=6, bits=8).error(layer) <= 1.05 * real.error(layer)
+
+
+def test_bytes_are_those_of_the_integers() -> None:
+    layer = as_layer(planted((16, 12, 3, 3), 5).astype(np.float32))
+    count = 5 * (16 + 12 + 3 + 3)
+    for bits, width in ((0, 4), (4, 1), (8, 1), (9, 2), (16, 2)):
+        member = CP.from_dense(layer, rank=5, bits=bits)
+        assert member.num_params == count + 5
+        assert member.num_bytes == width * count + 4 * 5
+
+
+def test_a_kernel_of_higher_rank_is_not_begun_again(monkeypatch: Any) -> None:
+    begun = []
+
+    def counted(tensor: Any, rank: int, attempt: int) -> Any:
+        begun.append(attempt)
+        return start(tensor, rank, attempt)
+
+    monkeypatch.setattr("tvm_structured.structures.cp_fit.start", counted)
+    fit(np.random.default_rng(0).standard_normal((24, 20, 3, 3)), 4)
+    assert begun == [0]
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8, 16])

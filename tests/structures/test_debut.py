@@ -25,6 +25,7 @@ from tvm_structured.structures.debut_chain import (
     is_bulging,
     num_params,
 )
+from tvm_structured.structures.debut_fit import outer_products
 from tvm_structured.structures.debut_lattice import smallest_path, splits_of
 
 few = settings(deadline=None, max_examples=25)
@@ -129,7 +130,9 @@ def test_generated_chains_are_valid_dense_and_sorted(out: int, inner: int) -> No
         assert as_chain(chain, (out, inner)) == chain and has_dense_support(chain)
     counts = [num_params(chain) for chain in chains]
     assert counts == sorted(counts) and all(count < out * inner for count in counts)
-    assert list(generate_chains((out, inner), max_params=50)) == [c for c in chains if num_params(c) <= 50]
+    every = list(generate_chains((out, inner), max_params=1 << 20))
+    assert chains == [c for c in every if num_params(c) < out * inner]
+    assert list(generate_chains((out, inner), max_params=50)) == [c for c in every if num_params(c) <= 50]
     kinds = [list(generate_chains((out, inner), bulging=kind)) for kind in (False, True)]
     assert sorted(kinds[0] + kinds[1]) == sorted(chains)
 
@@ -231,6 +234,22 @@ def test_sweeps_from_random_factors_find_a_member_too_but_need_many() -> None:
     assert DeBut.from_dense(layer, chain=member.chain).error(layer) <= 1e-12
     with pytest.raises(ModelError, match="start"):
         DeBut.from_dense(layer, chain=member.chain, start="warm")
+
+
+@pytest.mark.parametrize("shape", [(3, 30, 50), (3, 50, 30), (2, 4, 3), (5, 1, 40), (5, 40, 1)])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_outer_products_are_exact_and_nearest_at_any_scale(shape: Any, scale: float) -> None:
+    rng = np.random.default_rng(0)
+    stack = scale * rng.standard_normal(shape)
+    stack[1] *= 1e-20  # beside large matrices a small one keeps its direction, too
+    u, v = outer_products(stack)
+    left_out = np.square(np.linalg.svd(stack / scale, compute_uv=False)[:, 1:]).sum()
+    found = np.square((stack - u[..., None] * v[..., None, :]) / scale).sum()
+    assert found <= left_out * (1 + 1e-6) + 1e-28
+    member = u[..., None] * v[..., None, :]
+    u, v = outer_products(member)
+    for part, again in zip(member, u[..., None] * v[..., None, :], strict=True):
+        assert np.linalg.norm(again - part) <= 1e-14 * np.linalg.norm(part)
 
 
 def test_the_bound_of_peeling_holds() -> None:

@@ -71,6 +71,28 @@ def test_rectangular_toeplitz_matrices_have_rank_two(rows: int, columns: int, se
     assert ToeplitzLike.from_dense(as_layer(matrix), rank=2).error(matrix) <= 1e-9
 
 
+@few
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 4), st.integers(0, 99))
+def test_dense_by_the_displacement_is_dense_by_transforms(rows: int, columns: int, rank: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    member = ToeplitzLike((rows, columns), rng.standard_normal((rank, rows)), rng.standard_normal((rank, columns)))
+    expected = member.apply(np.eye(columns)).T
+    np.testing.assert_allclose(member.dense(), expected, atol=1e-11 * max(1, np.abs(expected).max()))
+
+
+@pytest.mark.parametrize("shape", [(40, 56), (320, 301)])
+def test_no_projection_is_farther_than_zero_and_all_ranks_share_a_decomposition(shape: Any) -> None:
+    layer = as_layer(np.random.default_rng(3).standard_normal(shape).astype(np.float32))
+    members = list(ToeplitzLike.members(layer))
+    assert [member.rank for member in members] == [1, 2, 3, 4]
+    for member in members:
+        assert member.error(layer) <= 1
+        again = ToeplitzLike.from_dense(layer, rank=member.rank)
+        assert again.error(layer) == pytest.approx(member.error(layer), rel=1e-4)
+    nearest = ToeplitzLike.project(layer, 0.9)
+    assert nearest is not None and nearest.error(layer) == min(member.error(layer) for member in members)
+
+
 def test_ranks_outside_one_to_four_are_refused() -> None:
     for rank in (0, 5):
         with pytest.raises(ModelError, match=r"1\.\.4"):

@@ -25,6 +25,7 @@ from tvm_structured.structures.budget import Budget
 from tvm_structured.structures.layer import Array, Layer, as_layer
 
 Size = Mapping[str, Any]
+SLICE = 1 << 20  # numbers that are widened to float64 at a time: they stay in cache
 
 
 def factor(*, trainable: bool = True) -> Any:
@@ -69,13 +70,18 @@ class Structure(ABC):
     # -- derived ---------------------------------------------------------------------------------
 
     @classmethod
+    def members(cls, layer: Layer) -> Iterator[Self]:
+        """The nearest member of every size. Families whose sizes share most of the work override it."""
+        for size in cls.sizes(layer):
+            yield cls.from_dense(layer, **size)
+
+    @classmethod
     def detect(cls, layer: Any, tol: float = 1e-5) -> Self | None:
         """The smallest member equal to the weight within relative Frobenius error `tol`, else None."""
         layer = as_layer(layer)
         if not cls.takes(layer):
             return None
-        for size in cls.sizes(layer):
-            member = cls.from_dense(layer, **size)
+        for member in cls.members(layer):
             if member.num_params < layer.num_params and member.error(layer) <= tol:
                 return member
         return None
@@ -92,8 +98,7 @@ class Structure(ABC):
         if not cls.takes(layer):
             return None
         best, best_error = None, math.inf
-        for size in cls.sizes(layer):
-            member = cls.from_dense(layer, **size)
+        for member in cls.members(layer):
             if not fits(member, layer, budget):
                 continue
             error = member.error(layer)
@@ -152,9 +157,14 @@ class Structure(ABC):
 
     def error(self, layer: Any) -> float:
         """Relative Frobenius error against the weight; the absolute one where the weight is zero."""
-        matrix = as_layer(layer).matrix.astype(np.float64)
-        norm = float(np.linalg.norm(matrix))
-        return float(np.linalg.norm(self.dense() - matrix)) / (norm or 1.0)
+        matrix, dense = as_layer(layer).matrix, self.dense()
+        step = max(1, SLICE // self.shape[1])
+        difference = norm = 0.0
+        for first in range(0, self.shape[0], step):
+            piece = matrix[first : first + step].astype(np.float64)
+            norm += float(np.square(piece).sum())
+            difference += float(np.square(piece - dense[first : first + step]).sum())
+        return math.sqrt(difference / (norm or 1.0))
 
     @classmethod
     def drawn(cls, layer: Layer, rng: np.random.Generator, **size: Any) -> Self:

@@ -21,6 +21,7 @@ from tvm_structured.structures.spatial_low_rank import unfolded
 from tvm_structured.structures.truncated_svd import exceeds_rank
 
 BITS = 8
+BYTE_BITS = 8  # up to which an integer factor is kept as bytes
 MOST_BITS = 16
 MOST_PROJECTIONS = 3
 LARGEST_FULL = 64  # channels up to which a rank as high as their number is looked for
@@ -60,6 +61,15 @@ class CP(ConvChain):
     @property
     def rank(self) -> int:
         return int(self.scale.shape[0])
+
+    @property
+    def num_bytes(self) -> int:
+        """With integer factors those of bytes, or of two bytes each beyond 8 bits, and of the scales. That is how the
+        form is kept and how the rebuilding kernel reads it; the chain of thin convolutions widens it to float32."""
+        if not self.bits:
+            return super().num_bytes
+        width = 1 if self.bits <= BYTE_BITS else 2
+        return width * (self.num_params - self.rank) + int(self.scale.dtype.itemsize) * self.rank
 
     @classmethod
     def takes(cls, layer: Layer) -> bool:

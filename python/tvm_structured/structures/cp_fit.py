@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from tvm_structured.structures.arrays import contract
+from tvm_structured.structures.debut_fit import outer_products
 from tvm_structured.structures.layer import Array
+from tvm_structured.structures.truncated_svd import exceeds_rank, left_factor
 
 SWEEPS = 100
+LEAST_SWEEPS, MOST_OPERATIONS = 10, 100_000_000_000  # of kernels that are not of the rank: a few seconds
 EXACT = 1e-12  # relative error at which nothing is left to gain
 NEAR = 1e-3  # relative error that only kernels of about the rank reach: more work is worth it
 STARTS = 5
@@ -29,12 +33,18 @@ def fit(tensor: Array, rank: int, bits: int = 0, sweeps: int = SWEEPS) -> Factor
         return [np.zeros((extent, rank)) for extent in tensor.shape]
     size = float(np.linalg.norm(tensor))
     factors = start(tensor, rank, 0)
-    for attempt in range(1, STARTS):  # other mixtures of the taps are other roundings, of ill-conditioned kernels very
+    # other mixtures of the taps are other roundings, of ill-conditioned kernels very; higher ranks gain nothing by them
+    out, inner, kh, kw = tensor.shape
+    unfolded = tensor.transpose(0, 3, 2, 1).reshape(out * kw, kh * inner)
+    attempts = 1 if exceeds_rank(unfolded, rank, NEAR) else STARTS
+    for attempt in range(1, attempts):
         if distance(tensor, factors) <= NEAR * size:
             break
         factors = min(factors, start(tensor, rank, attempt), key=lambda found: distance(tensor, found))
     best = [np.multiply(*integer_columns(factor, bits)) for factor in factors] if bits else factors
     before = least = distance(tensor, best)
+    if least > NEAR * size:
+        sweeps = min(sweeps, max(LEAST_SWEEPS, MOST_OPERATIONS // (4 * tensor.size * rank)))
     for _ in range(sweeps):
         if least <= EXACT * size:
             break
@@ -55,28 +65,18 @@ def start(tensor: Array, rank: int, attempt: int) -> Factors:
     rng = np.random.default_rng([out, inner, rank, attempt])
     taps = tensor.reshape(out, inner, kh * kw)
     found = min(rank, out, inner)
-    u = np.linalg.svd(taps.reshape(out, -1), full_matrices=False)[0][:, :found]
-    v = np.linalg.svd(taps.transpose(1, 0, 2).reshape(inner, -1), full_matrices=False)[0][:, :found]
-    core = np.einsum("or,oit,is->rst", u, taps, v)
+    u = left_factor(taps.reshape(out, -1))[0][:, :found]
+    v = left_factor(taps.transpose(1, 0, 2).reshape(inner, -1))[0][:, :found]
+    core = contract("or,oit,is->rst", u, taps, v)
     mixed = [core @ rng.standard_normal(kh * kw) for _ in range(2)]
     eigenvectors = np.linalg.eig(mixed[0] @ np.linalg.pinv(mixed[1]))[1]
     # complex pairs are no components; their real and imaginary parts span the same plane
     a = u @ np.where(eigenvectors.imag.any(0), eigenvectors.real + eigenvectors.imag, eigenvectors.real)
     a = np.concatenate([a, rng.standard_normal((out, rank - found))], axis=1)
     # with a known every component is a matrix (in, taps), whose best outer product is taken, then that of its taps
-    parts = np.einsum("ro,oit->rit", np.linalg.pinv(a), taps)
-    b, c, d = (np.empty((extent, rank)) for extent in (inner, kh, kw))
-    for r, part in enumerate(parts):
-        left, right = outer(part)
-        b[:, r] = left
-        c[:, r], d[:, r] = outer(right.reshape(kh, kw))
-    return [a, b, c, d]
-
-
-def outer(matrix: Array) -> tuple[Array, Array]:
-    """The nearest outer product."""
-    u, s, vh = np.linalg.svd(matrix, full_matrices=False)
-    return u[:, 0] * s[0], vh[0]
+    b, shared = outer_products(np.tensordot(np.linalg.pinv(a), taps, 1))
+    c, d = outer_products(shared.reshape(rank, kh, kw))
+    return [a, b.T, c.T, d.T]
 
 
 def sweep(tensor: Array, factors: Factors, bits: int) -> Factors:
@@ -84,8 +84,9 @@ def sweep(tensor: Array, factors: Factors, bits: int) -> Factors:
     a, b, c, d = factors
     a = solved(tensor.reshape(len(a), -1) @ khatri_rao(b, c, d), a, (b, c, d), bits)
     within = (a.T @ tensor.reshape(len(a), -1)).reshape(a.shape[1], *tensor.shape[1:])  # (rank, in, kh, kw)
-    b = solved(np.einsum("riyx,yr,xr->ir", within, c, d), b, (a, c, d), bits)
-    taps = np.einsum("riyx,ir->ryx", within, b)
+    columns = np.einsum("yr,xr->ryx", c, d).reshape(len(within), -1, 1)
+    b = solved((within.reshape(*within.shape[:2], -1) @ columns)[..., 0].T, b, (a, c, d), bits)
+    taps = (b.T[:, None] @ within.reshape(*within.shape[:2], -1)).reshape(-1, *within.shape[2:])
     c = solved(np.einsum("ryx,xr->yr", taps, d), c, (a, b, d), bits)
     d = solved(np.einsum("ryx,yr->xr", taps, c), d, (a, b, c), bits)
     return [a, b, c, d]

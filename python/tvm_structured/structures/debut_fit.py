@@ -89,13 +89,23 @@ def outer_products(stack: Array) -> tuple[Array, Array]:
         return stack[..., 0], np.ones((*stack.shape[:-2], 1))
     if rows == 1:
         v = stack[..., 0, :]
-    elif columns <= rows:
-        v = leading_vectors(np.swapaxes(stack, -1, -2) @ stack)
     else:
-        v = (leading_vectors(stack @ np.swapaxes(stack, -1, -2))[..., None, :] @ stack)[..., 0, :]
+        shorter = min(rows, columns)
+        rough = stack if shorter <= EIGEN else reduced(stack)
+        across = np.swapaxes(rough, -1, -2)
+        u = leading_vectors(across @ rough if columns <= rows else rough @ across)
+        if columns <= rows:
+            u = (rough @ u[..., None])[..., 0]
+        v = (u[..., None, :] @ stack)[..., 0, :]  # one more power step: exact where the matrix is an outer product
     norm = np.linalg.norm(v, axis=-1, keepdims=True)
     v = np.where(norm > 0, v / np.where(norm > 0, norm, 1.0), columns**-0.5)
     return (stack @ v[..., None])[..., 0], v
+
+
+def reduced(stack: Array) -> Array:
+    """In float32, each matrix's largest entry about 1: enough to tell the leading direction, in half the time."""
+    peak = np.maximum(stack.max((-1, -2), keepdims=True), -stack.min((-1, -2), keepdims=True))
+    return (stack / np.where(peak > 0, peak, 1.0)).astype(np.float32)
 
 
 def leading_vectors(grams: Array) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -73,7 +74,7 @@ class Conv2d(Layer):
     groups: int = 1
     input_hw: tuple[int, int] | None = None
 
-    @property
+    @cached_property  # a copy, and searches ask for it again and again
     def matrix(self) -> Array:
         return self.weight.transpose(0, 2, 3, 1).reshape(self.weight.shape[0], -1)
 

@@ -219,18 +219,6 @@ class TensorTrain(Structure):
     def flops(self, rows: int) -> int:
         return 2 * rows * self.order.multiplies
 
-    def error(self, layer: Any) -> float:
-        """As for every structure, a slice of the rows at a time: these weights are large."""
-        matrix = as_layer(layer).matrix
-        step = max(1, (1 << 22) // self.shape[1])
-        difference = norm = 0.0
-        dense = self.dense()
-        for first in range(0, self.shape[0], step):
-            piece = matrix[first : first + step].astype(np.float64)
-            norm += float(np.square(piece).sum())
-            difference += float(np.square(piece - dense[first : first + step]).sum())
-        return math.sqrt(difference / (norm or 1.0))
-
     def describe(self) -> str:
         """`4x8x8*4x4x7 rank=3,3`."""
         out, inner = ("x".join(map(str, modes)) for modes in (self.out_modes, self.in_modes))

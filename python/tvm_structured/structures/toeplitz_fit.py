@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tvm_structured.structures.displacement import displaced, shift_signs
+from tvm_structured.structures.displacement import shift_signs
 from tvm_structured.structures.layer import Array
-from tvm_structured.structures.truncated_svd import leading_svd
+from tvm_structured.structures.truncated_svd import Triplets
 
 LARGEST = 300  # rows and columns up to which the second step takes well under a second
 ROUNDS = 3
@@ -20,15 +20,15 @@ STEPS = 10  # of conjugate gradients
 EXACT = 1e-6
 
 
-def fit(matrix: Array, rank: int) -> tuple[Array, Array]:
-    """(columns, rows) in float64."""
+def fit(matrix: Array, displacement: Triplets) -> tuple[Array, Array]:
+    """(columns, rows) in float64, of as many terms as there are triplets of the displacement."""
     shape = (int(matrix.shape[0]), int(matrix.shape[1]))
-    u, s, vh = leading_svd(displaced(matrix), rank)
+    u, s, vh = displacement
     root = np.sqrt(s)
     columns, rows = solve_shifts((u * root).T, shape), root[:, None] * vh
-    if max(shape) > LARGEST:
-        return columns, rows
     matrix = matrix.astype(np.float64)
+    if max(shape) > LARGEST:
+        return columns * nearest_scale(matrix, columns, rows), rows
     left, right = Wrapped.columns(shape), Wrapped.rows(shape)
     for _ in range(ROUNDS):
         fixed = right.matrices(rows)
@@ -39,6 +39,34 @@ def fit(matrix: Array, rank: int) -> tuple[Array, Array]:
         fixed = left.matrices(columns)
         rows = rows + right_step(right, fixed, matrix - product(fixed, right.matrices(rows)))
     return columns, rows
+
+
+def nearest_scale(matrix: Array, columns: Array, rows: Array) -> float:
+    """The factor that brings a member nearest to the matrix: none is farther from it than zero is."""
+    member = undisplaced(columns, rows, (int(matrix.shape[0]), int(matrix.shape[1])))
+    return float(np.vdot(member, matrix)) / (float(np.vdot(member, member)) or 1.0)
+
+
+def undisplaced(columns: Array, rows: Array, shape: tuple[int, int]) -> Array:
+    """The member (out, in) of these factors in float64: O(out in rank) operations, without a transform.
+
+    With D = sum_i g_i h_i^T, g_i = (Z_e^in - f) c_i, every row follows from the one above: M[a] Z_f = M[a - 1] - D[a].
+    The first is sum_k (Z_f^T)^(in - 1 - k) sum_i A_i[0, k] h_i.
+    """
+    (out, inner), (e, f) = shape, shift_signs(shape)
+    columns, rows = columns.astype(np.float64), rows.astype(np.float64)
+    k = np.arange(inner)
+    row = np.zeros(inner)
+    for part in (columns[:, -k % out] * np.where(-(-k // out) % 2, e, 1)).T @ rows:
+        row = np.append(row[1:], f * row[0]) + part
+    turns, left = divmod(inner, out)
+    power = np.concatenate([e * columns[:, out - left :], columns[:, : out - left]], axis=1) * e**turns
+    member: Array = (power - f * columns).T @ rows  # D, overwritten row by row
+    member[0] = row
+    for a in range(1, out):
+        before = member[a - 1] - member[a]
+        member[a, 1:], member[a, 0] = before[:-1], f * before[-1]
+    return member
 
 
 def product(left: Array, right: Array) -> Array:

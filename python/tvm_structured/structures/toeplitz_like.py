@@ -12,13 +12,13 @@ from typing_extensions import Self
 
 from tvm_structured.errors import ModelError
 from tvm_structured.structures.base import Size, Structure, factor
-from tvm_structured.structures.displacement import LARGEST_RANK, displacement_rank, shift_signs
+from tvm_structured.structures.displacement import LARGEST_RANK, displaced, displacement_rank, shift_signs
 from tvm_structured.structures.layer import Array, Dense, Layer, as_layer
-from tvm_structured.structures.toeplitz_fit import fit
+from tvm_structured.structures.toeplitz_fit import fit, undisplaced
+from tvm_structured.structures.truncated_svd import Triplets, leading_svd
 
 LONGEST = 1 << 14  # of a transform
 SHORTEST = 1 << 8
-ROWS = 256  # that `dense` transforms at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,9 +71,22 @@ class ToeplitzLike(Structure):
         out, inner = (int(extent) for extent in layer.matrix.shape)
         if not 1 <= rank <= min(LARGEST_RANK, out, inner):
             raise ModelError(f"{layer.name}: displacement rank {rank} is outside 1..{min(LARGEST_RANK, out, inner)}")
-        columns, rows = fit(layer.matrix, rank)
-        dtype = layer.weight.dtype
-        return cls((out, inner), columns.astype(dtype), rows.astype(dtype))
+        return cls._from_displacement(layer, leading_svd(displaced(layer.matrix), rank), rank)
+
+    @classmethod
+    def members(cls, layer: Layer) -> Iterator[Self]:
+        """All from one decomposition of the displacement."""
+        ranks = [int(size["rank"]) for size in cls.sizes(layer)]
+        if ranks:
+            triplets = leading_svd(displaced(layer.matrix), ranks[-1])
+            yield from (cls._from_displacement(layer, triplets, rank) for rank in ranks)
+
+    @classmethod
+    def _from_displacement(cls, layer: Layer, triplets: Triplets, rank: int) -> Self:
+        u, s, vh = triplets
+        columns, rows = fit(layer.matrix, (u[:, :rank], s[:rank], vh[:rank]))
+        dtype, (out, inner) = layer.weight.dtype, layer.matrix.shape
+        return cls((int(out), int(inner)), columns.astype(dtype), rows.astype(dtype))
 
     @classmethod
     def detect(cls, layer: Any, tol: float = 1e-5) -> Self | None:
@@ -116,12 +129,10 @@ class ToeplitzLike(Structure):
         return y.astype(dtype) if isinstance(y, np.ndarray) else y.to(dtype)
 
     def dense(self) -> Any:
-        """(out, in), some columns at a time; differentiable where the factors are torch tensors."""
+        """(out, in); differentiable where the factors are torch tensors. Numpy factors go by the displacement."""
         if hasattr(self.columns, "detach"):
             return super().dense()
-        identity = np.eye(self.shape[1], dtype=self.columns.dtype)
-        parts = [self.apply(identity[first : first + ROWS]).T for first in range(0, self.shape[1], ROWS)]
-        return np.ascontiguousarray(np.concatenate(parts, axis=1))
+        return undisplaced(self.columns, self.rows, self.shape).astype(self.columns.dtype)
 
     def flops(self, rows: int) -> int:
         """2 + 2 rank complex transforms of 5 L log2 L operations, and the products between, for two rows at once."""

@@ -17,7 +17,7 @@ from tvm_structured.structures.budget import Budget
 from tvm_structured.structures.conv_chain import ConvChain, Step, as_kernel
 from tvm_structured.structures.layer import Array, Layer, as_layer
 from tvm_structured.structures.low_rank import smallest_within
-from tvm_structured.structures.truncated_svd import left_factor, tail_energies
+from tvm_structured.structures.truncated_svd import exceeds_rank, left_factor, tail_energies
 from tvm_structured.structures.variational_rank import variational_rank
 
 SWEEPS = 3  # of orthogonal iteration; more gain nothing that fine-tuning would not
@@ -110,11 +110,13 @@ class Tucker(ConvChain):
         if not cls.takes(layer):
             return None
         by_taps = tensor_of(layer)
+        unfoldings = [np.moveaxis(by_taps, axis, 0).reshape(by_taps.shape[axis], -1) for axis in (0, 3)]
+        limits = largest_ranks(layer, unfoldings, tol)
+        if limits is None:
+            return None
         bases = []
-        for axis in (0, 3):
-            unfolding = np.moveaxis(by_taps, axis, 0).reshape(by_taps.shape[axis], -1)
-            limit = largest_rank(layer, axis)
-            found = smallest_within(unfolding, limit, tol / math.sqrt(2)) if limit else None
+        for unfolding, limit in zip(unfoldings, limits, strict=True):
+            found = smallest_within(unfolding, limit, tol / math.sqrt(2))
             if found is None:
                 return None
             (u, *_), rank = found
@@ -179,9 +181,16 @@ def num_params(layer: Layer, p: Any, q: Any) -> Any:
     return out * p + p * layer.taps * q + q * (inner // layer.taps)
 
 
-def largest_rank(layer: Layer, axis: int) -> int:
-    """Of the outputs (axis 0) or inputs (3): beside rank 1 of the other the member is still smaller than the weight."""
-    extent = layer.matrix.shape[0] if axis == 0 else layer.matrix.shape[1] // layer.taps
-    ranks = np.arange(1, extent + 1)
-    params = num_params(layer, ranks, 1) if axis == 0 else num_params(layer, 1, ranks)
-    return int((params < layer.num_params).sum())
+def largest_ranks(layer: Layer, unfoldings: Sequence[Array], tol: float) -> tuple[int, int] | None:
+    """The highest ranks at which a member is smaller than the weight, None where there are none.
+
+    Beside rank 1 of the other, or the full rank where a bound tells that nothing less will do: of a weight without
+    structure one side is full, the other side's limit then lies well below its own, and no SVD is needed.
+    """
+    least = [len(u) if len(u) > 1 and exceeds_rank(u, len(u) - 1, tol) else 1 for u in unfoldings]
+    ranks = [np.arange(1, len(u) + 1) for u in unfoldings]
+    p = int((num_params(layer, ranks[0], least[1]) < layer.num_params).sum())
+    q = int((num_params(layer, least[0], ranks[1]) < layer.num_params).sum())
+    if p < least[0] or q < least[1]:
+        return None
+    return p, q
