@@ -22,6 +22,8 @@ WORST_INPUT = 128  # |q_x|
 LARGEST_SUM = (1 << 31) - 1
 LARGEST_MULTIPLIER = (1 << 14) - 1
 LARGEST_SHIFT = 30
+FINE = 16  # steps of the sums in one of the results
+LEAST_MULTIPLIER = 64  # of a joined residual
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +33,11 @@ class Channels:
     scale: Array
     multiplier: Array
     shift: int
+
+    @property
+    def are_fine(self) -> bool:
+        """Whether a step of the sums is so small beside one of the results that the bias may hold the rounding."""
+        return bool(2.0**self.shift >= FINE * self.multiplier.max(initial=1))
 
 
 def fit_channels(
@@ -52,6 +59,18 @@ def fit_channels(
         rounding = 2.0 ** (shift - 1) if shift else 0.0
         if np.all(bound * multiplier + rounding <= LARGEST_SUM):
             return Channels(scale, multiplier.astype(np.int32), shift)
+    return None
+
+
+def fit_joined(ratio: float) -> tuple[int, int] | None:
+    """(multiplier, shift) with the largest multiplier * 2^-shift that the ratio reaches, of multipliers from 64 to 127:
+    what a tile of int8 weights can hold. None for ratios from 128 on, or next to nothing."""
+    for shift in range(LARGEST_SHIFT - 1):
+        multiplier = int(ratio * 2.0**shift * (1 + 1e-9))
+        if multiplier > LEVELS:
+            return None
+        if multiplier >= LEAST_MULTIPLIER:
+            return multiplier, shift
     return None
 
 

@@ -28,6 +28,11 @@ def rounding_shift(value: Any, amount: int) -> Any:
     return (value + int32(1 << (amount - 1))) >> int32(amount)
 
 
+def plain_shift(value: Any, amount: int) -> Any:
+    """value >> amount, arithmetic."""
+    return value >> int32(amount) if amount else value
+
+
 def int32(value: int) -> Any:
     return tirx.IntImm("int32", value)
 
@@ -42,8 +47,14 @@ def requantize(builder: Any, call: QuantizedCall, acc: Any, channel_axis: int) -
     def compute(acc: Any, bias: Any, multiplier: Any, *residual: Any) -> Any:
         def element(*index: Any) -> Any:
             channel = index[channel_axis]
-            value = rounding_shift(acc[index] + bias[channel], call.pre_shift) * multiplier[channel]
-            value = rounding_shift(value, call.shift)
+            shift = rounding_shift if call.rounds else plain_shift
+            value = shift(acc[index] + bias[channel], call.pre_shift) * multiplier[channel]
+            if call.joined:  # the sum is rounded where the last bits are cut off, as if it were so from the start
+                last = call.shifts[0]
+                value = (shift if last == 0 else plain_shift)(value, call.shift - last)
+                value = value + residual[0][index].astype("int32") * int32(call.multipliers[0])
+                return clip(shift(value, last), call)
+            value = shift(value, call.shift)
             for other in residual:
                 value = value + scaled(other[index], call, 0)
             return clip(value, call)

@@ -17,12 +17,13 @@ from tvm_structured.layer_parts import part_name
 from tvm_structured.quantized import QuantizedCall
 from tvm_structured.relay_passes.compose_epilogue import operands_of
 from tvm_structured.relay_passes.expressions import op_name
-from tvm_structured.relay_passes.integer_scales import Channels, fit_channels, fit_scale, to_int8
+from tvm_structured.relay_passes.integer_scales import Channels, fit_channels, fit_joined, to_int8
 from tvm_structured.relay_passes.stages import Stage, stages_of
 from tvm_structured.structures import BlockCirculant, PermutedDiagonal, Structure, Unstructured
 from tvm_structured.structures.layer import Array
 
 Made = tuple[Any, float] | None
+SPARE_BITS = 2  # of the sum's shift beyond the residual's, so that their sum fits 32 bits as the sum alone does
 
 
 def quantize_layer(quantizer: Any, layer: LayerCall, var: Any) -> Made:
@@ -33,6 +34,7 @@ def quantize_layer(quantizer: Any, layer: LayerCall, var: Any) -> Made:
     end = Ending.of(quantizer, layer, y_scale)
     if end is None:
         return None
+    y_scale = end.y_scale
     structure = layer.to_structure()
     stages = stages_of(structure) if layer.conv is None else None
     if stages is not None:
@@ -80,7 +82,8 @@ def as_rows(quantizer: Any, call: QuantizedCall, shape: Any) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class Ending:
-    """The epilogue of a layer in integers. `scale` (or None) and `bias` are real, (out,)."""
+    """The epilogue of a layer in integers. `scale` (or None) and `bias` are real, (out,). Behind a residual `y_scale`
+    is chosen, at most 1/64 larger than asked for, such that the residual's factor is exact."""
 
     y_scale: float
     scale: Array | None
@@ -100,10 +103,10 @@ class Ending:
         residual, factor = (), None
         if epilogue.residual:
             other = quantizer.integer(operands["residual"])
-            factor = None if other is None else fit_scale(other.scale / y_scale)
+            factor = None if other is None else fit_joined(other.scale / y_scale)
             if factor is None:
                 return None
-            residual = (other.expr,)
+            y_scale, residual = other.scale * 2.0 ** factor[1] / factor[0], (other.expr,)
         bounds = clip_bounds(epilogue.activation, epilogue.low, epilogue.high, y_scale)
         return cls(y_scale, vectors.get("scale"), bias.astype(np.float64), *bounds, residual, factor)
 
@@ -112,7 +115,9 @@ class Ending:
         call = replace(call, inputs=(*call.inputs, *self.residual), low=self.low, high=self.high)
         if self.factor is None:
             return call
-        return replace(call, multipliers=(self.factor[0],), shifts=(self.factor[1],))
+        multiplier, shift = self.factor
+        joined = int(call.shift >= shift + SPARE_BITS)
+        return replace(call, multipliers=(multiplier,), shifts=(shift,), joined=joined)
 
 
 def out_features(layer: LayerCall) -> int:
@@ -178,14 +183,23 @@ def quantized_weight(weight: RealWeight, bias: Array, x_scale: float, y_scale: f
         (),
         constants_of(weight.int8(channels.scale), bias, channels, x_scale),
         shift=channels.shift,
+        rounds=int(rounds(bias, channels)),
     )
     if weight.structure is None:
         return call
     return replace(call, structure=weight.structure.name, sizes=weight.structure.sizes_of)
 
 
+def rounds(bias: Array, channels: Channels) -> bool:
+    """Whether the rounding of the shift stays a step of its own; else a bias that is there anyway has it."""
+    return not (bias.any() and channels.are_fine)
+
+
 def constants_of(factors: tuple[Array, ...], bias: Array, channels: Channels, x_scale: float) -> tuple[Any, ...]:
-    integer_bias = np.rint(bias / (channels.scale * x_scale)).astype(np.int32)
+    values = bias / (channels.scale * x_scale)
+    if not rounds(bias, channels):
+        values = values + 2.0 ** (channels.shift - 1) / channels.multiplier
+    integer_bias = np.rint(values).astype(np.int32)
     arrays = (*factors, integer_bias, channels.multiplier)
     return tuple(relax.const(np.ascontiguousarray(array), str(array.dtype)) for array in arrays)
 
@@ -229,4 +243,7 @@ def quantized_stage(stage: Stage, bias: Array, x_scale: float, y_scale: float) -
     if channels is None:
         return None
     constants = constants_of((to_int8(weight, stage.gather(channels.scale)[:, :, None]),), bias, channels, x_scale)
-    return QuantizedCall("stage", (), constants, sizes={"lead": stage.lead, "trail": stage.trail}, shift=channels.shift)
+    return QuantizedCall(
+        "stage", (), constants, sizes={"lead": stage.lead, "trail": stage.trail}, shift=channels.shift,
+        rounds=int(rounds(bias, channels)),
+    )  # fmt: skip

@@ -23,6 +23,7 @@ from tvm_structured.vta.operators import (
     Int8MaxPool,
     Int8Rescale,
     Int8StructuredDense,
+    Joined,
     Operator,
     Requantize,
     Scale,
@@ -53,14 +54,14 @@ def weighted(call: QuantizedCall) -> dict[str, Any]:
     same = int(multiplier[0]) if np.all(multiplier == multiplier[0]) else multiplier
     return {
         "bias": bias if bias.any() else None,
-        "requantize": Requantize(call.pre_shift, same, call.shift, call.low, call.high),
-        "residual": scale(call, 0) if len(call.inputs) > 1 else None,
+        "requantize": Requantize(call.pre_shift, same, call.shift, call.low, call.high, bool(call.rounds)),
+        "residual": scale(call, 0, Joined if call.joined else Scale) if len(call.inputs) > 1 else None,
         "name": call.layer,
     }
 
 
-def scale(call: QuantizedCall, position: int) -> Scale:
-    return Scale(call.multipliers[position], call.shifts[position])
+def scale(call: QuantizedCall, position: int, kind: type[Scale] = Scale) -> Scale:
+    return kind(call.multipliers[position], call.shifts[position])
 
 
 def bounds(call: QuantizedCall) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tvm_structured.vta import Simulator, VTAConfig
 from tvm_structured.vta.golden import POLLINGS
 from tvm_structured.vta.lower import Lowered, lower
-from tvm_structured.vta.operators import Operator, Requantize, Scale
+from tvm_structured.vta.operators import Joined, Operator, Requantize, Scale
 from tvm_structured.vta.timing import model
 
 DEFAULT = VTAConfig()
@@ -39,6 +39,10 @@ def int8(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 def requantize(rng: np.random.Generator, channels: int) -> Requantize:
     """One of the forms that the ALU can take, keeping results of a few thousand apart."""
+    return replace(_requantize(rng, channels), rounds=bool(rng.integers(2)))
+
+
+def _requantize(rng: np.random.Generator, channels: int) -> Requantize:
     shift = int(rng.integers(0, 9))
     kind = int(rng.integers(5))
     if kind == 4:
@@ -56,9 +60,16 @@ def bias(rng: np.random.Generator, channels: int) -> np.ndarray | None:
     return None if kind == 0 else rng.integers(-(1 << 10 * kind), 1 << 10 * kind, channels).astype(np.int32)
 
 
-def residual(rng: np.random.Generator) -> Scale | None:
-    kind = int(rng.integers(3))
-    return None if kind < 2 else Scale(int(rng.integers(-300, 300)), int(rng.integers(0, 19)))
+def residual(rng: np.random.Generator, shift: int = 0) -> Scale | None:
+    """`shift`: that of the requantisation, of which a joined residual leaves some bits."""
+    kind = int(rng.integers(6))
+    if kind < 3:
+        return None
+    if kind == 3:
+        return Scale(int(rng.integers(-300, 300)), int(rng.integers(0, 19)))
+    if kind == 4:
+        return Joined(int(rng.integers(-300, 300)), int(rng.integers(0, shift + 1)))
+    return Joined(int(rng.integers(-127, 128)), min(shift, 6))
 
 
 def check(

@@ -32,11 +32,11 @@ def constants(rng: np.random.Generator, weight: np.ndarray, outs: int, per_chann
     return tuple(relax.const(array) for array in (weight, bias, np.broadcast_to(multiplier, (outs,)).copy()))
 
 
-def with_residual(call: QuantizedCall) -> QuantizedCall:
+def with_residual(call: QuantizedCall, joined: bool = False) -> QuantizedCall:
     """The same call plus a tensor of its output's shape."""
     (x,) = call.inputs
     shapes = [tuple(int(extent) for extent in x.ty.shape), call.output_shape()]
-    return replace(call, inputs=inputs_of(*shapes), multipliers=(29,), shifts=(5,))
+    return replace(call, inputs=inputs_of(*shapes), multipliers=(29,), shifts=(5,), joined=int(joined))
 
 
 def module_of(call: QuantizedCall) -> tvm.IRModule:

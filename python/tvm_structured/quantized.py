@@ -16,6 +16,11 @@ Sums of products become int8 again by what any integer machine has:
     y = clip(round_shift(round_shift(acc + bias, pre_shift) * multiplier, shift) + residual', low, high)
     residual' = round_shift(residual * m, s);   round_shift(v, s) = (v + 2^(s - 1)) >> s, v for s = 0
 
+Without `rounds` the shifts of the sums add nothing: the bias has the rounding in it. A `joined` residual is added where
+s bits of the sum's shift are left, and both are rounded once:
+
+    y = clip((acc' * multiplier + (residual * m << (shift - s)) + 2^(shift - 1)) >> shift, low, high)
+
 No intermediate leaves int32: whoever makes these calls chooses the numbers so.
 """
 
@@ -54,6 +59,8 @@ class QuantizedAttrs(ir.Attrs):
     shift: int
     low: int
     high: int
+    rounds: int
+    joined: int
     kernel: tvm_ffi.Array[int]
     strides: tvm_ffi.Array[int]
     padding: tvm_ffi.Array[int]
@@ -63,7 +70,7 @@ class QuantizedAttrs(ir.Attrs):
 
 
 TUPLES = ("multipliers", "shifts", "kernel", "strides", "padding", "output_padding", "dilation")
-NUMBERS = ("pre_shift", "shift", "low", "high", "groups")
+NUMBERS = ("pre_shift", "shift", "low", "high", "rounds", "joined", "groups")
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,8 @@ class QuantizedCall:
     shift: int = 0
     low: int = -128
     high: int = 127
+    rounds: int = 1
+    joined: int = 0
     kernel: tuple[int, ...] = ()
     strides: tuple[int, ...] = (1, 1)
     padding: tuple[int, ...] = (0, 0, 0, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ def weighted(op: str, x: tuple[int, ...], weight: tuple[int, ...], outs: int, **
     return QuantizedCall(op, inputs_of(x), made, layer="layer", shift=14, **options)
 
 
-@pytest.mark.parametrize("residual", (False, True), ids=("plain", "residual"))
+@pytest.mark.parametrize("ending", ("plain", "residual", "joined", "joined, not rounded"))
 @pytest.mark.parametrize(
     "call",
     [
@@ -63,8 +64,9 @@ def weighted(op: str, x: tuple[int, ...], weight: tuple[int, ...], outs: int, **
         ),
     ],
 )  # fmt: skip
-def test_a_layer_is_exact(call: QuantizedCall, residual: bool) -> None:
-    check(with_residual(call) if residual else call)
+def test_a_layer_is_exact(call: QuantizedCall, ending: str) -> None:
+    call = replace(call, rounds=int("not" not in ending))
+    check(call if ending == "plain" else with_residual(call, "joined" in ending))
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from tvm_structured.vta.operators import (
     Int8MaxPool,
     Int8Rescale,
     Int8StructuredDense,
+    Joined,
     Requantize,
     Scale,
 )
@@ -128,6 +129,18 @@ def test_a_residual_is_scaled_and_added_before_the_clip() -> None:
     x, r = int8(4, 16), int8(4, 8)
     acc = rounded(x.astype(np.int64) @ layer.weight.T.astype(np.int64), 6) + rounded(r.astype(np.int64) * 77, 5)
     np.testing.assert_array_equal(layer.reference(x, r), np.clip(acc, 0, 127))
+
+
+@pytest.mark.parametrize("rounds", [True, False])
+@pytest.mark.parametrize(("shift", "last"), [(9, 6), (6, 6), (6, 0), (0, 0)])
+def test_a_joined_residual_is_rounded_with_the_sum(rounds: bool, shift: int, last: int) -> None:
+    q = Requantize(0, rng.integers(1, 9, 8).astype(np.int32), shift, rounds=rounds)
+    layer = Int8Dense(int8(8, 16), biases(8), q, Joined(-77, last))
+    x, r = int8(40, 16), int8(40, 8)
+    acc = (x.astype(np.int64) @ layer.weight.T.astype(np.int64) + layer.bias) * np.asarray(q.multiplier)
+    whole = acc / 2.0**shift + r * -77.0 / 2.0**last
+    exact = np.clip(np.floor(whole + (0.5 if rounds and shift else 0.0)), -128, 127)
+    np.testing.assert_array_equal(layer.reference(x, r), exact)
     a = Int8Add(Scale(3, 1), Scale(-5, 2), -50, 50)
     total = rounded(r.astype(np.int64) * 3, 1) + rounded(r.astype(np.int64) * -5, 2)
     np.testing.assert_array_equal(a.reference(r, r), np.clip(total, -50, 50))
@@ -164,6 +177,7 @@ def test_a_structured_layer_is_its_expanded_weight() -> None:
         (lambda: Int8Dense(int8(2, 3), np.full(2, 2**31 - 1, np.int32), name="fc"), "fc: the sum"),
         (lambda: Int8Dense(int8(2, 3), None, Requantize(multiplier=np.ones(3, np.int32))), "3 multipliers for 2"),
         (lambda: Requantize(shift=32), "shift=32"),
+        (lambda: Int8Dense(int8(2, 3), None, Requantize(shift=5), Joined(64, 6), "fc"), "fc: the residual joins"),
         (lambda: Requantize(low=3, high=2), "low=3"),
         (lambda: Requantize(multiplier=1.5), "multiplier of type float64"),  # type: ignore[arg-type]
         (lambda: Scale(1 << 15), "multiplier=32768"),

@@ -21,7 +21,7 @@ from tvm_structured.vta.lower import Problem, Schedule, lower_problem, problem_o
 from tvm_structured.vta.operators import Operator
 from tvm_structured.vta.timing import TimingModel, model
 
-VERSION = 1  # of lowering and model; what an older one chose is not looked at
+VERSION = 2  # of lowering and model; what an older one chose is not looked at
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,11 @@ def search(
 
 
 def neighbours(schedule: Schedule, possible: set[Schedule]) -> list[Schedule]:
-    """Schedules that differ in one extent, by one step, or in the order of the loops."""
-    found = [replace(schedule, weights_stay=not schedule.weights_stay)]
+    """Schedules that differ in one extent, by one step, in the order of the loops, or in the way of a residual."""
+    found = [
+        replace(schedule, weights_stay=not schedule.weights_stay),
+        replace(schedule, residual_by_product=not schedule.residual_by_product),
+    ]
     for name in ("out", "inner", "rows", "columns"):
         own = getattr(schedule, name)
         line = sorted(

@@ -18,7 +18,6 @@ from tvm_structured.vta.lower.problem import Problem, check_values
 from tvm_structured.vta.lower.schedule import Schedule
 from tvm_structured.vta.lower.tile_matrix import TileMatrix
 from tvm_structured.vta.operators import Int8BlockDiagonal, Int8Chain, Int8Dense
-from tvm_structured.vta.operators.requantize import Requantize
 
 VARIATIONS = 6  # schedules of each part that tuning looks at
 
@@ -101,7 +100,7 @@ def with_order(layer: Int8Dense | Int8BlockDiagonal, order: NDArray[np.int64]) -
     multiplier = q.multiplier if isinstance(q.multiplier, int) else q.multiplier[order]
     common = {
         "bias": None if layer.bias is None else layer.bias[order],
-        "requantize": Requantize(q.pre_shift, multiplier, q.shift, q.low, q.high),
+        "requantize": replace(q, multiplier=multiplier),
     }
     if isinstance(layer, Int8Dense):
         return replace(layer, weight=np.ascontiguousarray(layer.weight[order]), **common)  # type: ignore[arg-type]

@@ -10,12 +10,13 @@ from numpy.typing import NDArray
 
 from tvm_structured.vta.config import Memory, VTAConfig
 from tvm_structured.vta.lower.builder import MOST_PADDING, Builder, Slots, tiles
+from tvm_structured.vta.lower.by_product import as_weights, diagonal, fixed_input
 from tvm_structured.vta.lower.conv_tiles import ConvTiles
 from tvm_structured.vta.lower.epilogue import AccTile, Epilogue
 from tvm_structured.vta.lower.layout import Layout
 from tvm_structured.vta.lower.problem import Problem, check_values
 from tvm_structured.vta.lower.schedule import Schedule
-from tvm_structured.vta.lower.uop_kernels import Loop
+from tvm_structured.vta.lower.uop_kernels import Loop, as_uops
 from tvm_structured.vta.operators import Int8Conv2d, Int8Conv2dTranspose
 
 Span = tuple[int, int]  # first, count
@@ -89,17 +90,27 @@ class Emission:
         self.g = g = problem.tiles
         vectors, kept_blocks = g.steps.vectors, g.steps.blocks_kept(b.config, s.out)
         kept = vectors * kept_blocks
-        self.acc_size = s.out * s.rows * s.columns
-        residual = problem.layer.residual is not None
-        self.accs = Slots(kept, self.acc_size * (2 if residual else 1), s.threads)
+        self.accs = Slots(kept, g.acc_size(s), s.threads)
         height, width = g.window(s)
         in_slots, wgt_slots = g.slots(s)
         self.inps = Slots(0, height * width * s.inner, in_slots)
         self.wgts = Slots(0, g.weights(s), wgt_slots)
         self.epilogue = Epilogue(b, problem.layer, g.steps, kept_blocks, Slots(0, kept_blocks, vectors))
+        # behind the slots: INP has the residual's tile and the fixed input, WGT its diagonal and the bias
+        self.inp_room, self.wgt_room = g.room(s)
 
     def run(self) -> None:
-        g, s = self.g, self.s
+        g, s, b = self.g, self.s, self.b
+        if s.residual_by_product:
+            assert g.layer.residual is not None
+            diagonal(b, self.wgt_room, g.layer.residual.multiplier)
+        if g.adds_by_product:
+            fixed_input(b, b.config.depth(Memory.INP) - 1)
+            added = g.all_steps.added
+            tiles_of_bias = b.constant(
+                Memory.WGT, (id(self.problem), "bias"), g.out, lambda: as_weights(added, b.config.block)
+            )
+            b.load(Memory.WGT, b.config.depth(Memory.WGT) - g.out, "WGT", tiles_of_bias, g.out)
         outs = list(tiles(g.out, s.out))
         pixels = [
             (row, y, x)
@@ -116,13 +127,24 @@ class Emission:
         acc, _ = self.accs.take(count)
         pixels = y[1] * x[1]
         b.zero(acc, out[1] * pixels)
+        if g.adds_by_product:
+            fixed, bias = b.config.depth(Memory.INP) - 1, b.config.depth(Memory.WGT) - g.out + out[0]
+            blocks = np.arange(out[1])
+            b.gemm(as_uops(acc + blocks * pixels, fixed, bias + blocks), Loop(), Loop(pixels, 1))
         begin, end = g.spans(s.out)[out[0] // s.out]
-        for inner in ((begin + first, size) for first, size in tiles(end - begin, s.inner)):
-            for ky in tiles(g.kernel[0], s.kernel[0]):
-                for kx in tiles(g.kernel[1], s.kernel[1]):
-                    self._step(acc, out, inner, row, y, x, ky, kx)
+        steps = [
+            ((begin + first, size), ky, kx)
+            for first, size in tiles(end - begin, s.inner)
+            for ky in tiles(g.kernel[0], s.kernel[0])
+            for kx in tiles(g.kernel[1], s.kernel[1])
+        ]
+        for number, (inner, ky, kx) in enumerate(steps):
+            if s.residual_by_product and number == len(steps) - 1:
+                # late enough to delay no input, and early enough to be there in time
+                self._load_residual(Memory.INP, self.inp_room, out, row, y, x)
+            self._step(acc, out, inner, row, y, x, ky, kx)
         tile = AccTile(acc, out[1], pixels, pixels, 1)
-        self.epilogue(tile, out[0], lambda spare: self._load_residual(spare, out, row, y, x), acc + out[1] * pixels)
+        self.epilogue(tile, out[0], lambda: self._add_residual(tile, out, row, y, x))
         for o in range(out[1]):
             first = self._output_element(row, out[0] + o, y[0], x[0])
             b.store(acc + o * pixels, self.target, first, *self._rows(y[1], x[1]))
@@ -136,11 +158,20 @@ class Emission:
         g = self.g
         return ((row * g.out + channel) * g.output[0] + y) * g.output[1] + x
 
-    def _load_residual(self, spare: int, out: Span, row: int, y: Span, x: Span) -> None:
+    def _load_residual(self, memory: Memory, start: int, out: Span, row: int, y: Span, x: Span) -> None:
         for o in range(out[1]):
             first = self._output_element(row, out[0] + o, y[0], x[0])
-            start = spare + o * y[1] * x[1]
-            self.b.load(Memory.ACC_8BIT, start, self.sources[1], first, *self._rows(y[1], x[1]))
+            self.b.load(memory, start + o * y[1] * x[1], self.sources[1], first, *self._rows(y[1], x[1]))
+
+    def _add_residual(self, tile: AccTile, out: Span, row: int, y: Span, x: Span) -> None:
+        if self.s.residual_by_product:
+            blocks = np.arange(tile.channels) * tile.pixels
+            uops = as_uops(tile.first + blocks, self.inp_room + blocks, self.wgt_room)
+            self.b.gemm(uops, Loop(), Loop(tile.pixels, 1, 1))
+            return
+        self.epilogue.add_loaded(
+            tile, tile.first + tile.count, lambda spare: self._load_residual(Memory.ACC_8BIT, spare, out, row, y, x)
+        )
 
     def _step(self, acc: int, out: Span, inner: Span, row: int, y: Span, x: Span, ky: Span, kx: Span) -> None:
         """One part of the sums: some input blocks under some taps."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -11,10 +11,13 @@ from numpy.typing import NDArray
 
 from tvm_structured.vta.config import Memory, VTAConfig
 from tvm_structured.vta.lower.builder import MOST_ITERATIONS
-from tvm_structured.vta.lower.epilogue import Steps
+from tvm_structured.vta.lower.by_product import can_be_product, residual_by_product
+from tvm_structured.vta.lower.epilogue import SMALL_PART, Steps, is_immediate
 from tvm_structured.vta.lower.schedule import Schedule, best_first, extents, slot_count, slots_needed
 from tvm_structured.vta.operators.base import Weighted
 from tvm_structured.vta.operators.windows import Padding, Pair
+
+FEW_PIXELS = 64  # for which a tile of weights is not loaded
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,8 +36,36 @@ class ConvTiles:
     cuts: dict[Pair, tuple[int, int]] = field(default_factory=dict, repr=False)  # what `_cut` found
 
     @cached_property
-    def steps(self) -> Steps:
+    def all_steps(self) -> Steps:
         return Steps.of(self.layer)
+
+    @cached_property
+    def adds_by_product(self) -> bool:
+        """Whether the GEMM core adds the bias: one cycle an element in place of two, for a tile of weights a block."""
+        added, pixels = self.all_steps.added, self.rows * self.output[0] * self.output[1]
+        few = self.out <= self.config.depth(Memory.WGT) // SMALL_PART and pixels >= FEW_PIXELS
+        return few and not is_immediate(added) and can_be_product(self.config, added)
+
+    @cached_property
+    def steps(self) -> Steps:
+        """Of the ALU."""
+        return self.all_steps.without_added if self.adds_by_product else self.all_steps
+
+    def room(self, s: Schedule) -> tuple[int, int]:
+        """Elements of INP and WGT for inputs and weights; behind them lie those of the residual and the bias."""
+        residual = s.out * s.rows * s.columns if s.residual_by_product else 0
+        inp = self.config.depth(Memory.INP) - residual - self.adds_by_product
+        wgt = self.config.depth(Memory.WGT) - s.residual_by_product - (self.out if self.adds_by_product else 0)
+        return inp, wgt
+
+    def acc_size(self, s: Schedule) -> int:
+        """Elements of ACC for one tile, with its residual where that is loaded there."""
+        copies = 2 if self.layer.residual is not None and not s.residual_by_product else 1
+        return s.out * s.rows * s.columns * copies
+
+    @property
+    def has_residual(self) -> bool:
+        return self.layer.residual is not None
 
     @cached_property
     def is_full(self) -> bool:
@@ -103,20 +134,20 @@ class ConvTiles:
         parts, (height, width) = self.parts(s), self.window(s)
         steps, all_weights = parts["steps"], parts["steps"] * parts["out"]
         steps_in = steps if self.is_full else all_weights
-        depth = self.config.depth
-        inp = slot_count(depth(Memory.INP), height * width * s.inner, s.threads, steps, steps_in * parts["pixels"])
-        return inp, slot_count(depth(Memory.WGT), self.weights(s), s.threads, steps, all_weights)
+        inp_room, wgt_room = self.room(s)
+        inp = slot_count(inp_room, height * width * s.inner, s.threads, steps, steps_in * parts["pixels"])
+        return inp, slot_count(wgt_room, self.weights(s), s.threads, steps, all_weights)
 
     def fits(self, s: Schedule) -> bool:
         parts, (height, width) = self.parts(s), self.window(s)
         acc = self.config.depth(Memory.ACC) - self.steps.vectors * self.steps.blocks_kept(self.config, s.out)
-        tile = s.out * s.rows * s.columns * (2 if self.layer.residual is not None else 1)
+        inp_room, wgt_room = self.room(s)
         inputs = slots_needed(s.threads, parts["steps"] * parts["pixels"] * parts["out"])
         return (
-            tile * s.threads <= acc
-            and height * width * s.inner * inputs <= self.config.depth(Memory.INP)
-            and self.weights(s) * slots_needed(s.threads, parts["steps"] * parts["out"])
-            <= self.config.depth(Memory.WGT)
+            self.acc_size(s) * s.threads <= acc
+            and height * width * s.inner * inputs <= inp_room
+            and self.weights(s) * slots_needed(s.threads, parts["steps"] * parts["out"]) <= wgt_room
+            and (not s.residual_by_product or residual_by_product(self.config, self.layer.residual))
             and s.rows * s.columns <= MOST_ITERATIONS
         )
 
@@ -131,11 +162,10 @@ class ConvTiles:
                     for inner in extents(self.inner, depth(Memory.INP)):
                         for out in extents(self.out, max(depth(Memory.ACC) // (rows * columns), 1)):
                             s = Schedule(threads, out, inner, rows, columns, kernel)
-                            if self.fits(s):
-                                found += [
-                                    (self.estimate(t), t)
-                                    for t in (s, Schedule(threads, out, inner, rows, columns, kernel, False))
-                                ]
+                            ways = [s, replace(s, residual_by_product=True)] if self.has_residual else [s]
+                            for way in filter(self.fits, ways):
+                                each = way, replace(way, weights_stay=False)
+                                found += [(self.estimate(t), t) for t in each]
             if found:
                 break  # a cut kernel only where a whole one does not fit
         return best_first(found)
@@ -159,8 +189,11 @@ class ConvTiles:
             input_loads = inputs if in_slots >= steps else every
             weight_loads = weights if wgt_slots >= weights else every
         loads = input_loads * one_input + weight_loads * one_weight
+        if s.residual_by_product:
+            loads += pixels * self.out * element / 8 + 25 * parts["pixels"] * self.out
+        around = 6 if not self.has_residual else 8 if s.residual_by_product else 14  # cycles an element, about
         compute = (
-            self.products * taps * pixels + 6 * pixels * self.out + 8 * every + 60 * parts["out"] * parts["pixels"]
+            self.products * taps * pixels + around * pixels * self.out + 8 * every + 60 * parts["out"] * parts["pixels"]
         )
         stores = 3 * pixels * self.out + parts["pixels"] * self.out * 8
         work = [compute, loads, stores]

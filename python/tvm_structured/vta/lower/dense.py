@@ -148,7 +148,7 @@ def emit_product(b: Builder, product: Product, s: Schedule, sources: Sequence[st
         def load_residual(spare: int) -> None:
             b.load(Memory.ACC_8BIT, spare, sources[1], row * m.rows + out, outs, rows, m.rows)
 
-        epilogue(tile, out, load_residual, acc + rows * outs)
+        epilogue(tile, out, lambda: epilogue.add_loaded(tile, acc + rows * outs, load_residual))
         b.store(acc, target, row * m.rows + out, outs, rows, m.rows)
 
     outer, inner = list(tiles(m.rows, s.out)), list(tiles(product.rows, s.rows))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +14,7 @@ from tvm_structured.vta.config import Memory, VTAConfig
 from tvm_structured.vta.lower.builder import Builder, Slots
 from tvm_structured.vta.lower.uop_kernels import Loop
 from tvm_structured.vta.operators.base import Weighted
-from tvm_structured.vta.operators.requantize import LARGEST_ACC, LARGEST_IMMEDIATE, Integers, Scale, rounding
+from tvm_structured.vta.operators.requantize import LARGEST_ACC, LARGEST_IMMEDIATE, Integers, Joined, Scale, rounding
 
 SMALL_PART = 16  # of ACC
 LARGEST_SHIFT = 15  # whose rounding is an immediate
@@ -45,7 +45,8 @@ def immediate(b: Builder, tile: AccTile, operation: str, imm: int) -> None:
 
 
 def shift_right(b: Builder, tile: AccTile, shift: int, is_rounded: bool = False) -> None:
-    """(acc + rounding(shift)) >> shift; beyond 15 in two steps, which is the same."""
+    """(acc + rounding(shift)) >> shift; beyond 15 in two steps, which is the same. Only the shift if the rounding
+    `is_rounded` into the sum already."""
     if shift == 0:
         return
     if not is_rounded:
@@ -74,7 +75,7 @@ def clip(b: Builder, tile: AccTile, low: int, high: int, bound: int = 1 << 31) -
 class Steps:
     """((acc + added) >> pre_shift) * multiplier + added_after >> shift, one number for each channel.
 
-    `is_rounded`: `added_after` has the rounding of `shift`. |result| with the residual is at most `bound`.
+    `is_rounded`: `added_after`, or `added`, has the rounding of `shift`. |result| with the residual is at most `bound`.
     """
 
     added: Integers
@@ -87,17 +88,24 @@ class Steps:
 
     @classmethod
     def of(cls, layer: Weighted) -> Steps:
-        q, bound = layer.requantize, layer.acc_bound()
+        q, bound = layer.requantize, layer.acc_bound
         multiplier = np.broadcast_to(np.asarray(q.multiplier, np.int64), bound.shape)
         bias = np.zeros(bound.shape, np.int64) if layer.bias is None else layer.bias.astype(np.int64)
-        largest = int((bound * np.abs(multiplier)).max()) + rounding(q.shift)
-        # with no shift before the multiplication it may come first, and bias and rounding are one addition
-        is_rounded = q.pre_shift == 0 and layer.bias is not None and largest <= LARGEST_ACC
-        added, after = bias + rounding(q.pre_shift), np.zeros(bound.shape, np.int64)
-        if is_rounded:
-            added, after = after, bias * multiplier + rounding(q.shift)
-        most = int(q.check(layer.name, bound).max()) + (0 if layer.residual is None else layer.residual.bound)
-        return cls(added, q.pre_shift, multiplier, after, q.shift, is_rounded, most)
+        largest = int((bound * np.abs(multiplier)).max()) + q.rounding(q.shift)
+        added, after, is_rounded = bias + q.rounding(q.pre_shift), np.zeros(bound.shape, np.int64), not q.rounds
+        if q.rounds and q.pre_shift == 0 and layer.bias is not None and largest <= LARGEST_ACC:
+            # bias and rounding are one addition: before a multiplier of 1, else behind the multiplication
+            is_rounded = True
+            if (multiplier == 1).all():
+                added = bias + q.rounding(q.shift)
+            else:
+                added, after = after, bias * multiplier + q.rounding(q.shift)
+        return cls(added, q.pre_shift, multiplier, after, q.shift, is_rounded, layer.result_bound())
+
+    @property
+    def without_added(self) -> Steps:
+        """What is left where something else adds `added`."""
+        return replace(self, added=np.zeros_like(self.added))
 
     @cached_property
     def vectors(self) -> int:
@@ -125,24 +133,29 @@ class Epilogue:
     kept: int  # blocks in one slot, see `blocks_kept`
     slots: Slots
 
-    def __call__(
-        self, tile: AccTile, first_block: int, load_residual: Callable[[int], None] | None = None, spare: int = 0
-    ) -> None:
-        """On the sums of output blocks `first_block` and on. `load_residual(spare)` loads the second input to ACC
-        from element `spare`, laid out as the tile."""
-        b, q = self.builder, self.layer.requantize
+    def __call__(self, tile: AccTile, first_block: int, add_residual: Callable[[], None]) -> None:
+        """On the sums of output blocks `first_block` and on. `add_residual` adds the second input, scaled."""
+        b, q, residual = self.builder, self.layer.requantize, self.layer.residual
         steps = self.steps
         self._vector("ADD", steps.added, 0, tile, first_block)
         shift_right(b, tile, steps.pre_shift, is_rounded=True)
         self._vector("MUL", steps.multiplier, 1, tile, first_block)
         self._vector("ADD", steps.added_after, 0, tile, first_block)
-        shift_right(b, tile, steps.shift, steps.is_rounded)
-        if self.layer.residual is not None and load_residual is not None:
-            load_residual(spare)
-            other = AccTile(spare, tile.channels, tile.channel_stride, tile.pixels, tile.pixel_stride)
-            scale(b, other, self.layer.residual)
-            b.alu("ADD", tile.first, spare, *tile.loops())
+        last = residual.shift if isinstance(residual, Joined) else 0  # bits that are cut off behind the residual
+        shift_right(b, tile, steps.shift - last, steps.is_rounded or last > 0)
+        if residual is not None:
+            add_residual()
+        shift_right(b, tile, last, steps.is_rounded)
         clip(b, tile, q.low, q.high, steps.bound)
+
+    def add_loaded(self, tile: AccTile, spare: int, load: Callable[[int], None]) -> None:
+        """The residual, which `load(spare)` loads to ACC from element `spare` on, laid out as the tile."""
+        b, residual = self.builder, self.layer.residual
+        assert residual is not None
+        load(spare)
+        other = AccTile(spare, tile.channels, tile.channel_stride, tile.pixels, tile.pixel_stride)
+        scale(b, other, Scale(residual.multiplier) if isinstance(residual, Joined) else residual)
+        b.alu("ADD", tile.first, spare, *tile.loops())
 
     def _vector(self, operation: str, values: Integers, neutral: int, tile: AccTile, first_block: int) -> None:
         """One value for each channel: an immediate where all are equal, else a vector for each block."""

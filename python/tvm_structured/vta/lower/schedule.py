@@ -15,8 +15,9 @@ class Schedule:
 
     `threads` = 2 keeps two tiles on chip, so that transfers of one hide behind computation of the other (virtual
     threads); 1 does one thing after the other. With `weights_stay`, all pixels are done with the same weights before
-    the next ones are loaded, otherwise all output channels with the same pixels. A chain has one schedule for each
-    of its `parts`.
+    the next ones are loaded, otherwise all output channels with the same pixels. With `residual_by_product` a
+    convolution's residual comes as an input and is added by the GEMM core; otherwise it is loaded to ACC and scaled
+    there. A chain has one schedule for each of its `parts`.
     """
 
     threads: int = 2
@@ -26,6 +27,7 @@ class Schedule:
     columns: int = 1
     kernel: tuple[int, int] = (1, 1)
     weights_stay: bool = True
+    residual_by_product: bool = False
     parts: tuple[Schedule, ...] = ()
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ from tvm_structured.vta.operators.conv import Int8Conv2d, Int8Conv2dTranspose
 from tvm_structured.vta.operators.dense import Int8BlockDiagonal, Int8Chain, Int8Dense, Int8StructuredDense
 from tvm_structured.vta.operators.elementwise import Int8Add, Int8Rescale
 from tvm_structured.vta.operators.pool import Int8AvgPool, Int8MaxPool
-from tvm_structured.vta.operators.requantize import Requantize, Scale
+from tvm_structured.vta.operators.requantize import Joined, Requantize, Scale
 
 __all__ = [
     "Int8Add",
@@ -28,6 +28,7 @@ __all__ = [
     "Int8MaxPool",
     "Int8Rescale",
     "Int8StructuredDense",
+    "Joined",
     "Operator",
     "Requantize",
     "Scale",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tvm_structured.errors import VTAError
-from tvm_structured.vta.operators.requantize import Integers, Requantize, Scale, clipped, multiplied
+from tvm_structured.vta.operators.requantize import Integers, Joined, Requantize, Scale, clipped, multiplied
 
 Int8 = NDArray[np.int8]
 Shape = tuple[int, ...]
@@ -52,6 +53,12 @@ class Operator(ABC):
             raise VTAError(f"{self.name}: an input of shape {first}; expected {expected}, none of them 0")
 
 
+def absolute_sums(weight: Int8, axes: int | tuple[int, ...]) -> Integers:
+    """sum |w| over some axes, exact."""
+    sums: Integers = np.abs(weight.astype(np.int16)).sum(axis=axes, dtype=np.int64)
+    return sums
+
+
 def check_array(name: str, what: str, array: Any, dtype: Any, shape: tuple[int | None, ...]) -> None:
     """Raise VTAError unless the array has the type and the shape (None: any extent from 1)."""
     found = getattr(array, "shape", None)
@@ -72,7 +79,8 @@ def check_numbers(name: str, what: str, values: Any, count: int, least: int) -> 
 
 @dataclass(frozen=True, eq=False)
 class Weighted(Operator):
-    """clip(requantize(sum of products + bias) [+ residual]). `residual` scales a second input of the output's shape."""
+    """clip(requantize(sum of products + bias) [+ residual]). `residual` scales a second input of the output's shape;
+    a `Joined` one is added before the shift of the requantisation instead of behind it."""
 
     weight: Int8
     bias: NDArray[np.int32] | None = None
@@ -84,10 +92,29 @@ class Weighted(Operator):
         self.check_weight()
         if self.bias is not None:
             check_array(self.name, "bias", self.bias, np.int32, (self.out_channels,))
-        bound = self.requantize.check(self.name, self.acc_bound())
+        bound = self.requantize.check(self.name, self.acc_bound)
         if self.residual is not None:
-            multiplied(self.name, bound + self.residual.bound, 1, 0)
-            multiplied(self.name, 128, self.residual.multiplier, self.residual.shift)
+            self.check_scale(self.residual, int(bound.max()))
+
+    def check_scale(self, residual: Scale, bound: int) -> None:
+        """`bound`: of |result| without the residual."""
+        if isinstance(residual, Joined):
+            if residual.shift > self.requantize.shift:
+                raise VTAError(
+                    f"{self.name}: the residual joins where {residual.shift} bits of the shift are left, which is "
+                    f"{self.requantize.shift}; use a smaller shift of the residual"
+                )
+            multiplied(self.name, (bound + 1 << residual.shift) + 128 * abs(residual.multiplier), 1, 0)
+            return
+        multiplied(self.name, bound + residual.bound, 1, 0)
+        multiplied(self.name, 128, residual.multiplier, residual.shift)
+
+    def result_bound(self) -> int:
+        """Of |result| before the clip, for any int8 input."""
+        bound = int(self.requantize.check(self.name, self.acc_bound).max())
+        if self.residual is None:
+            return bound
+        return bound + self.residual.bound + isinstance(self.residual, Joined)
 
     @property
     def num_inputs(self) -> int:
@@ -110,6 +137,7 @@ class Weighted(Operator):
     def products(self, x: Int8) -> Integers:
         """The sums without bias."""
 
+    @cached_property
     def acc_bound(self) -> Integers:
         """Of |acc| for any int8 input, shape (channels,)."""
         bias = 0 if self.bias is None else np.abs(self.bias.astype(np.int64))
@@ -125,6 +153,9 @@ class Weighted(Operator):
         if self.bias is not None:
             acc = acc + self.bias.astype(np.int64).reshape(-1, *[1] * (acc.ndim - 2))
         values = self.requantize.scaled(acc)
-        if self.residual is not None:
+        if isinstance(self.residual, Joined):
+            joined = inputs[1].astype(np.int64) * self.residual.multiplier
+            values = self.requantize.scaled(acc, joined, self.residual.shift)
+        elif self.residual is not None:
             values = values + self.residual.reference(inputs[1])
         return clipped(values, self.requantize.low, self.requantize.high)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tvm_structured.errors import VTAError
-from tvm_structured.vta.operators.base import Int8, Shape, Weighted, check_array, check_numbers
+from tvm_structured.vta.operators.base import Int8, Shape, Weighted, absolute_sums, check_array, check_numbers
 from tvm_structured.vta.operators.requantize import Integers
 from tvm_structured.vta.operators.windows import Padding, Pair, padded, taps, window, window_extents
 
@@ -40,8 +40,7 @@ class Int8Conv2d(Weighted):
         return int(self.weight.shape[0])
 
     def weight_sums(self) -> Integers:
-        sums: Integers = np.abs(self.weight.astype(np.int64)).sum(axis=(1, 2, 3))
-        return sums
+        return absolute_sums(self.weight, (1, 2, 3))
 
     def output_shape(self, *shapes: Shape) -> Shape:
         self.check_inputs(shapes, 4, self.in_channels)
@@ -95,9 +94,7 @@ class Int8Conv2dTranspose(Weighted):
         return int(self.weight.shape[1]) * self.groups
 
     def weight_sums(self) -> Integers:
-        grouped = np.abs(self.weight.astype(np.int64)).reshape(self.groups, -1, *self.weight.shape[1:])
-        sums: Integers = grouped.sum(axis=(1, 3, 4)).reshape(-1)
-        return sums
+        return absolute_sums(self.weight.reshape(self.groups, -1, *self.weight.shape[1:]), (1, 3, 4)).reshape(-1)
 
     def extents(self, size: Pair) -> Pair:
         """Output height and width. Raises VTAError where the padding leaves nothing."""

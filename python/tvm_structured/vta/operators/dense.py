@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tvm_structured.errors import VTAError
-from tvm_structured.vta.operators.base import Int8, Operator, Shape, Weighted, check_array
+from tvm_structured.vta.operators.base import Int8, Operator, Shape, Weighted, absolute_sums, check_array
 from tvm_structured.vta.operators.requantize import Integers, Requantize, Scale
 
 
@@ -25,8 +25,7 @@ class Int8Dense(Weighted):
         return int(self.weight.shape[0])
 
     def weight_sums(self) -> Integers:
-        sums: Integers = np.abs(self.weight.astype(np.int64)).sum(axis=1)
-        return sums
+        return absolute_sums(self.weight, 1)
 
     def output_shape(self, *shapes: Shape) -> Shape:
         self.check_inputs(shapes, 2, int(self.weight.shape[1]))
@@ -84,7 +83,7 @@ class Int8BlockDiagonal(Weighted):
         return output
 
     def weight_sums(self) -> Integers:
-        sums = np.abs(self.weight.astype(np.int64)).sum(axis=2)
+        sums = absolute_sums(self.weight, 2)
         every: Integers = np.broadcast_to(sums, (self.groups, sums.shape[1])).reshape(-1)
         return every if self.out_order is None else every[self.out_order]
 

@@ -81,6 +81,12 @@ class Scale:
 
 
 @dataclass(frozen=True, eq=False)
+class Joined(Scale):
+    """The scale of a residual that joins the sums before the last `shift` bits of theirs are cut off, see `Requantize`;
+    both are rounded once."""
+
+
+@dataclass(frozen=True, eq=False)
 class Requantize:
     """acc (int32, bias included) -> int8:
 
@@ -88,8 +94,12 @@ class Requantize:
         b = (a * multiplier + rounding(shift)) >> shift          rounding(s) = 1 << (s - 1), 0 for s = 0
         clip(b, low, high)
 
-    `multiplier` is one integer, or one for each output channel, shape (channels,), int32. An operator proves that
-    no step leaves 32 bits, or raises VTAError.
+    `multiplier` is one integer, or one for each output channel, shape (channels,), int32. Without `rounds` nothing is
+    added before the shifts: the bias has the rounding in it. A residual r with `Joined(m, s)`, s <= shift, makes
+
+        b = (a * multiplier + (r * m << (shift - s)) + rounding(shift)) >> shift
+
+    An operator proves that no step leaves 32 bits, or raises VTAError.
     """
 
     pre_shift: int = 0
@@ -97,6 +107,7 @@ class Requantize:
     shift: int = 0
     low: int = -128
     high: int = 127
+    rounds: bool = True
     is_scalar: bool = field(init=False, default=True)
 
     def __post_init__(self) -> None:
@@ -115,8 +126,12 @@ class Requantize:
         stored = int(values) if values.ndim == 0 else values.astype(np.int32)
         object.__setattr__(self, "multiplier", stored)
 
+    def rounding(self, shift: int) -> int:
+        """What this requantisation adds before a shift."""
+        return rounding(shift) if self.rounds else 0
+
     def check(self, name: str, bound: Integers) -> Integers:
-        """Bound of |b| for each channel, from that of |acc|, shape (channels,).
+        """Bound of |b| without a residual for each channel, from that of |acc|, shape (channels,).
 
         Raises VTAError, naming the operator, where a step may overflow or the multipliers are not one a channel.
         """
@@ -130,11 +145,19 @@ class Requantize:
                 f"{name}: the sum with its bias may reach {int(widest.max())}, more than 32 bits hold "
                 f"({LARGEST_ACC}); split the layer or use smaller weights"
             )
-        return multiplied(name, rounding_shift(bound, self.pre_shift), self.multiplier, self.shift)
+        # what is not rounded to nearest may lie one further from 0
+        more = 0 if self.rounds else 1
+        before = rounding_shift(bound, self.pre_shift) + (more if self.pre_shift else 0)
+        return multiplied(name, before, self.multiplier, self.shift) + (more if self.shift else 0)
 
-    def scaled(self, acc: Integers) -> Integers:
-        """b of sums of shape (n, channels, ...)."""
+    def scaled(self, acc: Integers, joined: Integers | None = None, bits: int = 0) -> Integers:
+        """b of sums of shape (n, channels, ...); `joined`, of the same shape, is added where `bits` of the shift are
+        left."""
         factor: Any = self.multiplier
         if not self.is_scalar:
             factor = np.asarray(self.multiplier, np.int64).reshape(-1, *[1] * (acc.ndim - 2))
-        return rounding_shift(rounding_shift(acc, self.pre_shift) * factor, self.shift)
+        before = (acc + self.rounding(self.pre_shift)) >> self.pre_shift
+        product = before * factor + self.rounding(self.shift)
+        if joined is None:
+            return product >> self.shift
+        return ((product >> (self.shift - bits)) + joined) >> bits
