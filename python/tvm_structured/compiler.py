@@ -221,12 +221,13 @@ def build_int8(
     """Schedule and compile a quantized module; its layers are what they shall be."""
     mod, programs = model.mod, None
     if accelerator is not None:
+        from tvm_structured.relay_passes.gather_patches import GatherPatches
         from tvm_structured.relay_passes.offload_vta import OffloadVta
         from tvm_structured.vta.programs import Programs
 
         offload = OffloadVta(accelerator, target, trials)
         with stage("Lowering to the accelerator"):
-            mod = offload(mod)
+            mod = offload(GatherPatches(accelerator)(mod))
         programs = Programs(accelerator, tuple(offload.placements)) if offload.placements else None
     return assemble(mod, {}, model.imported, model.plan, model.report, target, records, programs=programs)
 
