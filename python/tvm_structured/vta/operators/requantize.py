@@ -158,6 +158,7 @@ class Requantize:
             factor = np.asarray(self.multiplier, np.int64).reshape(-1, *[1] * (acc.ndim - 2))
         before = (acc + self.rounding(self.pre_shift)) >> self.pre_shift
         product = before * factor + self.rounding(self.shift)
-        if joined is None:
-            return product >> self.shift
-        return ((product >> (self.shift - bits)) + joined) >> bits
+        result: Integers = product >> self.shift
+        if joined is not None:
+            result = ((product >> (self.shift - bits)) + joined) >> bits
+        return result
