@@ -12,7 +12,7 @@ import numpy as np
 
 from tvm_structured.schedules.base import Config, Kernel, Site
 from tvm_structured.schedules.debut_plan import (
-    ROWS_AT_ONCE,
+    ROWS_IN_REGISTERS,
     Stage,
     Tile,
     cheapest_cuts,
@@ -29,6 +29,8 @@ from tvm_structured.structures.base import Structure
 from tvm_structured.structures.debut_fit import merge_all
 
 LARGEST_ON_STACK = 16 << 10  # floats; larger intermediates go to the heap
+LARGEST_BETWEEN = 1 << 16  # floats of one intermediate of all vectors at once: both stay in the level-2 cache
+MOST_ROWS = 32
 FEW_OPERATIONS = 400_000  # starting the other threads takes as long as these on one
 FEW_ROWS = 4  # input vectors for each thread, up to which the work on each vector is shared out
 
@@ -43,8 +45,10 @@ class DeButKernel(Kernel):
         known = site.rows if isinstance(site.rows, int) else None
         threads = 1 if known is not None and structure.flops(known) < FEW_OPERATIONS else site.cpu.cores
         few = known is not None and known <= FEW_ROWS * threads
-        for most, shares_vectors in itertools.product((ROWS_AT_ONCE, ROWS_AT_ONCE // 2), (few, not few)):
-            rows = most if known is None else max(1, min(most, known if shares_vectors else -(-known // threads)))
+        most = ROWS_IN_REGISTERS if known is None else rows_in_cache(structure)  # an unknown rest goes one by one
+        units = dict.fromkeys((most, ROWS_IN_REGISTERS, ROWS_IN_REGISTERS // 2, 2 * most))
+        for unit, shares_vectors in itertools.product(units, (few, not few)):
+            rows = unit if known is None else max(1, min(unit, known if shares_vectors else -(-known // threads)))
             cuts = cheapest_cuts(stages_of(structure), site.cpu, rows)
             yield {"cuts": list(cuts), "rows": rows, "threads": threads, "shares_vectors": shares_vectors}
 
@@ -63,6 +67,12 @@ class DeButKernel(Kernel):
             writer = RowWriter(e, site.epilogue, site.rows, structure.shape[0])
             ChainEmitter(e, plan, site, config, x, weights, writer).emit()
         return made.func
+
+
+def rows_in_cache(structure: Structure) -> int:
+    """Input vectors of which two intermediates fit half of the level-2 cache."""
+    longest = max(stage.outputs for stage in stages_of(structure))
+    return min(MOST_ROWS, max(ROWS_IN_REGISTERS, LARGEST_BETWEEN // longest // ROWS_IN_REGISTERS * ROWS_IN_REGISTERS))
 
 
 def stages_of(structure: Structure) -> tuple[Stage, ...]:
@@ -89,6 +99,11 @@ class ChainPlan:
     def pitch(self) -> int:
         """Floats of one block's output."""
         return self.chunks * self.width
+
+    @property
+    def row_pitch(self) -> int:
+        """Floats from one input vector's intermediate to the next."""
+        return spaced(self.blocks * self.pitch, self.lanes)
 
     def pack(self, number: int, grid: np.ndarray) -> np.ndarray:
         """`pack_stage`; of the stages behind the cut one for each chunk."""
@@ -137,7 +152,7 @@ class ChainEmitter:
         with self.loop(0, count) as unit:
             row = first + unit * size
             row = row if isinstance(self.rows, int) else held(row)
-            between = workspace(size * plan.blocks * plan.pitch + self.e.lanes) if plan.then else None
+            between = workspace(size * plan.row_pitch) if plan.then else None
             with serial(0, plan.blocks) as block:
                 self.one_block(row, size, block, between)
             if plan.then:
@@ -147,7 +162,7 @@ class ChainEmitter:
     def sharing_vectors(self, rows: Any, count: int | None = None) -> None:
         """Units are blocks, then chunks, of all input vectors (`count` of them where `rows` is an expression)."""
         plan, size = self.plan, rows if count is None else count
-        between = scratch((size * plan.blocks * plan.pitch + self.e.lanes,)) if plan.then else None
+        between = scratch((size * plan.row_pitch,)) if plan.then else None
         with self.loop(0, rows * plan.blocks if count == 1 else plan.blocks) as block:
             self.one_block(0, size, block, between)
         if plan.then:
@@ -167,7 +182,7 @@ class ChainEmitter:
                 end = None if limit is None else block * outputs + limit
                 self.writer.store(value, row + m, block * outputs + first, limit=end)
             else:
-                put(self.e, between, value, (m * plan.blocks + block) * plan.pitch, first, limit)
+                put(self.e, between, value, m * plan.row_pitch + block * plan.pitch, first, limit)
 
         weights = [self.weight(k, (), block * stage.blocks) for k, stage in enumerate(plan.first)]
         self.run(plan.first, plan.tiles, weights, size, place, store)
@@ -177,7 +192,7 @@ class ChainEmitter:
         plan, start = self.plan, len(self.plan.first)
 
         def place(m: Any, group: Any, offset: Any) -> Any:
-            return between, ((m * plan.blocks + group) * plan.pitch + chunk * plan.width + offset,)
+            return between, (m * plan.row_pitch + group * plan.pitch + chunk * plan.width + offset,)
 
         def store(value: Any, m: Any, first: Any, limit: Any) -> None:
             run, at = first // plan.width, chunk * plan.width + first % plan.width
@@ -204,23 +219,28 @@ class ChainEmitter:
         `store`."""
         e = self.e
         buffers = [
-            workspace(size * max(stage.outputs for stage in stages[parity:-1:2]) + e.lanes)
+            workspace(size * spaced(max(stage.outputs for stage in stages[parity:-1:2]), e.lanes))
             for parity in range(min(2, len(stages) - 1))
         ]
         for k, stage in enumerate(stages):
-            into = store if k == len(stages) - 1 else stored(e, buffers[k % 2], stage.outputs)
-            source = place if k == 0 else placed(buffers[(k - 1) % 2], stage)
+            into = store if k == len(stages) - 1 else stored(e, buffers[k % 2], spaced(stage.outputs, e.lanes))
+            source = place if k == 0 else placed(buffers[(k - 1) % 2], stage, spaced(stage.inputs, e.lanes))
             StageEmitter(e, stage, tiles[k], weights[k], source, into).emit(size)
 
 
-def placed(buffer: Any, stage: Stage) -> Place:
+def spaced(extent: int, lanes: int) -> int:
+    """Floats from row to row: one vector more, for rows a power of two apart would meet in the same few cache sets."""
+    return extent + lanes
+
+
+def placed(buffer: Any, stage: Stage, pitch: int) -> Place:
     """Reads of an intermediate, (rows, inputs)."""
-    return lambda m, group, offset: (buffer, (m * stage.inputs + group * stage.t + offset,))
+    return lambda m, group, offset: (buffer, (m * pitch + group * stage.t + offset,))
 
 
-def stored(e: Emitter, buffer: Any, outputs: int) -> Store:
+def stored(e: Emitter, buffer: Any, pitch: int) -> Store:
     """Writes to an intermediate, (rows, outputs)."""
-    return lambda value, m, first, limit: put(e, buffer, value, m * outputs, first, limit)
+    return lambda value, m, first, limit: put(e, buffer, value, m * pitch, first, limit)
 
 
 def put(e: Emitter, buffer: Any, value: Any, origin: Any, first: Any, limit: Any) -> None:

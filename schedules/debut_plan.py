@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from tvm_structured.schedules.cpu import Cpu
 
 BLOCK_OVERHEAD = 12  # cycles to set up, store and leave one register block
-ROWS_AT_ONCE = 8  # input vectors that share a weight in registers
+ROWS_IN_REGISTERS = 8  # input vectors that share a weight there
 LARGEST_MERGED = 1 << 19  # numbers in one merged factor: it has to stay in the level-2 cache
 
 
@@ -56,7 +56,7 @@ class Tile:
 def tile_of(stage: Stage, cpu: Cpu, rows: int) -> Tile:
     """As many results as fit the registers beside a vector each of weights and an operand."""
     count = -(-stage.r // cpu.lanes) if stage.t == 1 else stage.r
-    rows = min(rows, max(1, (cpu.registers - 2) // 2))
+    rows = min(rows, ROWS_IN_REGISTERS, max(1, (cpu.registers - 2) // 2))
     most = max(1, (cpu.registers - 2) // (rows + 1))
     pieces = -(-count // most)
     return Tile(rows, -(-count // pieces))

@@ -10,7 +10,7 @@ import numpy as np
 
 from tvm_structured.schedules.debut_plan import Stage, Tile
 from tvm_structured.schedules.emit import Emitter, row_blocks, serial
-from tvm_structured.schedules.gemm import UNROLL, multiply_block, pack_panels
+from tvm_structured.schedules.gemm import UNROLL, even_blocks, multiply_block, pack_panels
 
 # load(row, number of the group b s + j, offset within it) -> the operand's buffer and index
 Place = Callable[[Any, Any, Any], tuple[Any, tuple[Any, ...]]]
@@ -45,17 +45,25 @@ class StageEmitter:
     store: Store
 
     def emit(self, rows: int) -> None:
-        """All outputs of `rows` input vectors."""
-        row_blocks(rows, self.tile.rows, self.some_rows)
-
-    def some_rows(self, m: Any, nm: int) -> None:
+        """All outputs of `rows` input vectors. A block's weights stay in cache for all of them, and the part of a
+        vector that meets them stays for all of the block's rows."""
         stage, lanes, size = self.stage, self.e.lanes, self.tile.vectors
         with serial(0, stage.blocks) as b:
             if stage.t == 1:
-                row_blocks(-(-stage.r // lanes), size, lambda p, nv: self.on_rows(m, nm, b, p, nv))
+                panels = -(-stage.r // lanes)
+                self.row_blocks(rows, lambda m, nm: row_blocks(panels, size, lambda p, n: self.on_rows(m, nm, b, p, n)))
                 return
             with serial(0, -(-stage.t // lanes)) as v:
-                row_blocks(stage.r, size, lambda i, ni: self.on_diagonals(m, nm, b, v, i, ni))
+                self.row_blocks(
+                    rows, lambda m, nm: row_blocks(stage.r, size, lambda i, n: self.on_diagonals(m, nm, b, v, i, n))
+                )
+
+    def row_blocks(self, rows: int, body: Callable[[Any, int], None]) -> None:
+        """body(first row, count) over all input vectors, blocks of nearly equal size."""
+        first = 0
+        for count, size in even_blocks(rows, self.tile.rows):
+            row_blocks(count * size, size, body, first)
+            first += count * size
 
     def on_rows(self, m: Any, nm: int, b: Any, p: Any, nv: int) -> None:
         """Vectors of rows i; x is broadcast."""

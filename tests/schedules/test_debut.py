@@ -54,7 +54,7 @@ def test_every_chain_gives_the_product_with_its_matrix(guarded: Any, name: str) 
 def test_every_plan_gives_the_same(guarded: Any, name: str) -> None:
     """Shared out by vectors and by rows, in large and small register blocks."""
     cases = [
-        {"structure": member_of(name), "rows": (rows,), "config": config} for rows in (1, 11) for config in range(4)
+        {"structure": member_of(name), "rows": (rows,), "config": config} for rows in (1, 11, 45) for config in range(4)
     ]
     assert guarded(check_all_guarded, cases) == len(cases)
 
