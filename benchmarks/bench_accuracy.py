@@ -45,6 +45,7 @@ Rows = list[dict[str, Any]]
 @click.option("--seed", "chosen", multiple=True, type=int, help="Exactly these seeds instead.")
 @click.option("--epochs", default=EPOCHS, show_default=True, help="Passes over the training part.")
 @click.option("--processes", default=2, show_default=True, help="Trainings side by side, one thread each.")
+@click.option("--scratch/--no-scratch", default=True, show_default=True, help="Train from scratch as well.")
 @click.option("--latency", is_flag=True, help="Compile and time the trained networks of the first seed.")
 @click.option("--show", is_flag=True, help="Measure nothing; print what the file holds, in Markdown.")
 @click.option("--plot", "figure", type=click.Path(path_type=Path), help="Draw accuracy against latency (.svg, .png).")
@@ -56,6 +57,7 @@ def main(
     chosen: tuple[int, ...],
     epochs: int,
     processes: int,
+    scratch: bool,
     latency: bool,
     show: bool,
     figure: Path | None,
@@ -75,7 +77,7 @@ def main(
             path, [r for r in read_rows(path) if "times" not in r] + time_forms(names, wanted[0], epochs, folder)
         )
     elif not show:
-        train_all(names, wanted, epochs, folder, path, processes)
+        train_all(names, wanted, epochs, folder, path, processes, scratch)
     rows = read_rows(path)
     table = [cells(name, rows) for name in FORMS if any(row["form"] == name for row in rows)]
     if show:
@@ -102,7 +104,7 @@ def write_rows(path: Path, rows: Rows) -> None:
 
 
 def train_all(
-    names: Sequence[str], seeds: Sequence[int], epochs: int, folder: Path, path: Path, processes: int
+    names: Sequence[str], seeds: Sequence[int], epochs: int, folder: Path, path: Path, processes: int, scratch: bool
 ) -> None:
     """Every form with every seed that the file lacks; the dense networks, which are the teachers, first."""
     rows = read_rows(path)
@@ -114,7 +116,7 @@ def train_all(
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, context) as pool, tqdm(total=len(tasks), desc="training", unit="form") as bar:
         for part in (first, rest):
-            for future in as_completed([pool.submit(measure, *task, epochs, folder) for task in part]):
+            for future in as_completed([pool.submit(measure, *task, epochs, folder, scratch) for task in part]):
                 rows.append(future.result())
                 write_rows(path, rows)
                 bar.update()

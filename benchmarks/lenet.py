@@ -173,12 +173,12 @@ def checkpoint(name: str, seed: int, folder: Path) -> Path:
     return folder / f"{name.replace(', ', '-').replace(' ', '-').lower()}-{seed}.ckpt"
 
 
-def measure(name: str, seed: int, epochs: int, folder: Path) -> dict[str, Any]:
+def measure(name: str, seed: int, epochs: int, folder: Path, scratch: bool = True) -> dict[str, Any]:
     """One row: parameters and accuracies of a form with one seed, which draws the split, the weights and the order."""
     torch.set_num_threads(1)
     digits = demo.load_digits(seed)
     network, scores = fine_tuned(name, seed, epochs, folder, digits)
-    if FORMS[name].layers is not None:
+    if scratch and FORMS[name].layers is not None:
         fresh = copy.deepcopy(network)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1000 + seed)

@@ -207,6 +207,8 @@ def test_autocast_trains():
     ("data", "options", "says"),
     [
         (torch.randn(8, 16), {}, "no targets"),
+        (problem(), {"distill": 1.1}, "distill=1.1 is a share"),
+        (problem(), {"temperature": 0.0}, "temperature=0.0 must be above 0"),
         ((torch.randn(8, 16), torch.zeros(7, dtype=torch.int64)), {}, "8 inputs and 7 targets"),
         (torch.randn(0, 16), {}, "no rows"),
         (5, {}, "not int"),
