@@ -256,3 +256,21 @@ def test_sizes_rise_and_stay_below_dense() -> None:
 
 
 # -- detection ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize(
+    ("out_modes", "in_modes", "rank"),
+    [((6,), (8,), 1), ((3, 5), (7, 2), 2), ((2, 3, 4), (5, 1, 6), 3), ((4, 4, 4, 4), (2, 7, 3, 2), 9)],
+)
+def test_two_halves_give_the_product_with_the_dense_matrix(out_modes: Any, in_modes: Any, rank: int, rows: int) -> None:
+    layer = as_layer(np.ones((math.prod(out_modes), math.prod(in_modes))))
+    drawn = TensorTrain.drawn(layer, np.random.default_rng(0), out_modes=out_modes, in_modes=in_modes, rank=rank)
+    cores = [torch.tensor(core, dtype=torch.float64, requires_grad=True) for core in drawn.factors.values()]
+    train = TensorTrain.from_factors(drawn.sizes_of, cores)
+    x = torch.randn(2, rows, math.prod(in_modes), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y = train._apply_halves(x)
+    torch.testing.assert_close(y, x @ train.dense().T)
+    found = torch.autograd.grad(y.square().sum(), cores)
+    for a, b in zip(found, torch.autograd.grad((x @ train.dense().T).square().sum(), cores), strict=True):
+        torch.testing.assert_close(a, b)

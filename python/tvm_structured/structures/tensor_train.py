@@ -195,8 +195,9 @@ class TensorTrain(Structure):
     def apply(self, x: Any) -> Any:
         if x.shape[-1] != self.shape[1]:
             raise ModelError(f"tensor_train takes {self.shape[1]} features, got an input of shape {tuple(x.shape)}")
-        if hasattr(self.cores[0], "detach") and CHAIN_COST * self.order.multiplies > self.shape[0] * self.shape[1]:
-            return x @ self.dense().T
+        rows = math.prod(x.shape[:-1])
+        if hasattr(self.cores[0], "detach") and self._halves_cost(rows) < CHAIN_COST * rows * self.order.multiplies:
+            return self._apply_halves(x)
         state = x
         for stage in self.order.stages:
             matrix = core_matrix(self.cores[stage.core], self.order.is_last_core_first)
@@ -206,12 +207,39 @@ class TensorTrain(Structure):
                 state = matrix @ state.reshape(-1, stage.depth, stage.trail)
         return state.reshape(*x.shape[:-1], self.shape[0])
 
+    def _halves_cost(self, rows: int) -> int:
+        """Multiplications of `_apply_halves`."""
+        (out, inner), half = self.shape, len(self.cores) // 2
+        rank = self.ranks[half]
+        expanded = (rows + rank) * out * inner
+        if not half:
+            return expanded
+        first_out, first_in = (math.prod(modes[:half]) for modes in (self.out_modes, self.in_modes))
+        return min(expanded, rows * rank * (inner * out // first_out + first_in * out))
+
+    def _apply_halves(self, x: Any) -> Any:
+        """Two large products, with the merged halves of the cores, or one with the dense matrix where that is less."""
+        out, inner = self.shape
+        rows, half = math.prod(x.shape[:-1]), len(self.cores) // 2
+        if self._halves_cost(rows) == (rows + self.ranks[half]) * out * inner:
+            return x @ self.dense().T
+        left, right = self._halves()
+        rank, first_out, first_in = right.shape[0], left.shape[1], left.shape[2]
+        # (rows n_left, n_right) times (n_right, r m_right), then (m_left, n_left r) times (rows, n_left r, m_right)
+        state = x.reshape(rows * first_in, -1) @ right[..., 0].reshape(-1, right.shape[2]).T
+        y = left[0].reshape(first_out, -1) @ state.reshape(rows, first_in * rank, right.shape[1])
+        return y.reshape(*x.shape[:-1], out)
+
+    def _halves(self) -> tuple[Any, Any]:
+        """The merged first and second half of the cores."""
+        half = len(self.cores) // 2
+        return merge_cores(self.cores[:half]), merge_cores(self.cores[half:])
+
     def dense(self) -> Any:
         """(out, in); of the kind of the cores, and differentiable where they are torch tensors."""
         if len(self.cores) == 1:
             return self.cores[0].reshape(self.shape)
-        half = len(self.cores) // 2
-        left, right = merge_cores(self.cores[:half]), merge_cores(self.cores[half:])
+        left, right = self._halves()
         # (m_left, 1, n_left, r) times (m_right, r, n_right): the digits end up in order without a transposition
         product = left[0][:, None] @ right[..., 0].swapaxes(0, 1)
         return product.reshape(self.shape)
