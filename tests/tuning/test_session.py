@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from tuning_samples import FakeMeasurer, sample_task, weighted
 
+from tvm_structured.schedules import Config
 from tvm_structured.tuning.database import Database
 from tvm_structured.tuning.records import Trial
 from tvm_structured.tuning.session import CLEARLY, Session, WeightedTask, decide, origin_of
@@ -98,6 +101,28 @@ def test_the_last_comparison_asks_for_a_clear_win() -> None:
     assert outcome_of(1, 0.704, 0.7, 0.9) == 1, "of equals the first in the kernel's order"
     assert outcome_of(1, 1.2, 1.3, 1.4) == 0
     assert decide(finalists, None)[0].number == 0
+
+
+class Lucky(FakeMeasurer):
+    """All but the hand schedule seem fast, until they are compared again."""
+
+    def __init__(self, later: float) -> None:
+        super().__init__()
+        self.later, self.compared = later, 0
+
+    def compare(self, task: Any, configs: Sequence[Config], rounds: int) -> list[list[float]]:
+        self.compared += 1
+        others = 0.5 if self.compared == 1 else self.later
+        return [[1e-5 * (others if index else 1.0)] * rounds for index in range(len(configs))]
+
+
+@pytest.mark.parametrize("later, ratio", [(1.1, 1.0), (0.99, 1.0), (0.8, 1.25)])
+def test_a_winner_is_compared_again_and_only_that_counts(tmp_path: Path, later: float, ratio: float) -> None:
+    measurer = Lucky(later)
+    (progress,) = Session(weighted("dense"), Database(tmp_path, must_exist=False), measurer, 6).run()
+    assert measurer.compared == 2 and progress.best is not None
+    assert progress.ratio == pytest.approx(ratio)
+    assert (progress.best.config == progress.trials[0].config) == (ratio == 1.0), "a loser is not used"
 
 
 def test_every_trial_is_reported(tmp_path: Path) -> None:

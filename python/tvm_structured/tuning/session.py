@@ -145,20 +145,26 @@ class Session:
         return True
 
     def _finish(self, progress: Progress) -> None:
-        """The fastest few against the hand schedule, in turns."""
+        """The fastest few against the hand schedule, in turns; then the winner alone, built and timed anew."""
         ranked = sorted((t for t in progress.trials if t.seconds is not None), key=lambda trial: trial.seconds or 0.0)
         default = next((trial for trial in ranked if trial.number == 0), None)
         if default is None:
             return  # the hand schedule itself failed: there is nothing to be compared with
         finalists = [default, *[trial for trial in ranked if trial is not default][:FINALISTS]]
-        turns = None
-        if len(finalists) > 1:
-            turns = self.measurer.compare(progress.weighted.task, [trial.config for trial in finalists], ROUNDS)
-        winner, seconds, default_seconds = decide(finalists, turns)
+        winner, seconds, default_seconds = self._compare(progress, finalists)
+        if winner is not default:  # it may have been the luckiest of several: a second comparison has the word
+            winner, seconds, default_seconds = self._compare(progress, [default, winner])
         trials = max(progress.weighted.trials(self.trials), len(progress.trials))
         progress.best = Best(progress.origin, trials, winner.config, seconds, default_seconds)
         self.database.add([progress.best])
         self.watch(self.progress, progress)
+
+    def _compare(self, progress: Progress, finalists: Sequence[Trial]) -> tuple[Trial, float, float]:
+        turns = None
+        if len(finalists) > 1:
+            configs = [trial.config for trial in finalists]
+            turns = self.measurer.compare(progress.weighted.task, configs, ROUNDS)
+        return decide(finalists, turns)
 
 
 def decide(finalists: Sequence[Trial], turns: Sequence[Sequence[float]] | None) -> tuple[Trial, float, float]:
