@@ -2,23 +2,22 @@
 
     python benchmarks/bench_tuning.py speed [--quick] [--json out.json]
     python benchmarks/bench_tuning.py layers [--quick] [--rows PATTERN] [--batch N] [--trials N] [--work-dir D]
+        [--minutes M]
 
 `speed` tunes one function with MetaSchedule's default builder and runner and with a session of ours, both with
 MetaSchedule's search, and counts trials a minute. The ranking of each is compared with a careful measurement of the
-same candidates. `layers` tunes the kernels of the other benchmarks; a run that was stopped goes on with the same
---work-dir.
+same candidates. `layers` tunes the kernels of the other benchmarks and prints each when it is done: times of hand
+schedule and winner in turns, and what share of the machine's bound they reach. A run that was stopped, or ended before
+all trials were made, goes on with the same --work-dir.
 """
 
 from __future__ import annotations
 
 import fnmatch
-import itertools
-import math
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +25,20 @@ import click
 import numpy as np
 from measuring import describe_machine, print_table, write_json
 from scipy.stats import spearmanr
+from tuned_layers import HEADINGS, LAYERS, QUICK, cells, notes, tune_layers
 
 import tvm_structured as ts
 from tvm_structured.roofline import roofline
-from tvm_structured.schedules import KERNELS, ConvGeometry, Cpu, Epilogue, Site
-from tvm_structured.structures import Structure, Unstructured
 from tvm_structured.targets import physical_cores, resolve_target, use_all_cores
 from tvm_structured.tuning.schedule_search import install_stand_in, lean_intrinsics
 from tvm_structured.tuning.schedule_tasks import ScheduleTask
-from tvm_structured.tuning.session import Progress, Session, WeightedTask
-from tvm_structured.tuning.tasks import KernelTask, plain
+from tvm_structured.tuning.session import Session, WeightedTask
+from tvm_structured.tuning.tasks import plain
 from tvm_structured.tuning.workers import LocalMeasurer
 
 CAREFUL = 25  # rounds of the measurement that the rankings are compared with
 CHECKED = 12  # candidates of each ranking
-HEADINGS = ("kernel", "batch", "trials", "by hand us", "tuned us", "faster", "of bound by hand", "of bound tuned")
+MINUTES = 30.0  # for all layers together
 
 
 @click.command()
@@ -49,6 +47,7 @@ HEADINGS = ("kernel", "batch", "trials", "by hand us", "tuned us", "faster", "of
 @click.option("--batch", "batches", multiple=True, type=int, help="Batch sizes of the layers [default: 1 16].")
 @click.option("--trials", type=int, help="Trials of our session, for each layer [default: 64].")
 @click.option("--work-dir", type=click.Path(path_type=Path), help="Keep the database of the layers here.")
+@click.option("--minutes", default=MINUTES, show_default=True, help="No new trials of layers after so long.")
 @click.option("--quick", is_flag=True, help="Few trials, three layers.")
 @click.option("--json", "path", type=click.Path(path_type=Path), help="Write the rows as JSON.")
 def main(
@@ -57,30 +56,32 @@ def main(
     batches: Sequence[int],
     trials: int | None,
     work_dir: Path | None,
+    minutes: float,
     quick: bool,
     path: Path | None,
 ) -> None:
     """Print a table."""
     use_all_cores()
     if part == "speed":
-        rows = speed(8, trials or (16 if quick else 64))
-        write_json(path, rows)
-        headings = ("", "trials", "failed", "seconds", "trials/min", "rank correlation", "best us")
-        print_table(f"one task, {describe_machine()}", headings, [speed_cells(row) for row in rows])
-        *others, ours = rows
-        for other in others:
-            if other["per_minute"]:
-                print(f"{ours['per_minute'] / other['per_minute']:.1f} times as many trials a minute as {other['who']}")
-        spent = ", ".join(f"{name} {1e3 * seconds:.0f}" for name, seconds in ours["spent"].items())
-        print(f"milliseconds of a trial of ours, by what the processes do: {spent}")
+        print_speed(speed(8, trials or (16 if quick else 64)), path)
         return
     names = [name for name in (QUICK if quick and not patterns else LAYERS) if matches(name, patterns)]
     if not names:
         raise click.ClickException(f"no layer matches {' '.join(patterns)}; there are {', '.join(LAYERS)}")
+    done: list[Mapping[str, Any]] = []
+
+    def report(row: Mapping[str, Any]) -> None:
+        done.append(row)
+        click.echo(" | ".join(cells(row)))
+        write_json(path, done)
+
     with ExitStack() as stack:
         folder = work_dir or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        rows = layers(names, batches or (1, 16), trials or (8 if quick else 64), folder, path)
-    print_table(f"tuned layers: {describe_machine()}", HEADINGS, [cells(row) for row in rows], means(rows))
+        click.echo(" | ".join(HEADINGS))
+        count = trials or (8 if quick else 64)
+        rows = tune_layers(names, batches or (1, 16), count, folder, 60 * minutes, report)
+    machine = f"{describe_machine()}; {roofline()}"
+    print_table(f"tuned layers: {machine}", HEADINGS, [cells(row) for row in rows], notes(rows))
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
@@ -198,150 +199,23 @@ def rank_correlation(task: ScheduleTask, measurer: LocalMeasurer, trials: Sequen
     return float(spearmanr([seconds for _, seconds in picked], np.median(turns, axis=1)).statistic)
 
 
+def print_speed(rows: Sequence[Mapping[str, Any]], path: Path | None) -> None:
+    write_json(path, rows)
+    headings = ("", "trials", "failed", "seconds", "trials/min", "rank correlation", "best us")
+    print_table(f"one task, {describe_machine()}", headings, [speed_cells(row) for row in rows])
+    *others, ours = rows
+    for other in others:
+        if other["per_minute"]:
+            print(f"{ours['per_minute'] / other['per_minute']:.1f} times as many trials a minute as {other['who']}")
+    spent = ", ".join(f"{name} {1e3 * seconds:.0f}" for name, seconds in ours["spent"].items())
+    print(f"milliseconds of a trial of ours, by what the processes do: {spent}")
+
+
 def speed_cells(row: Mapping[str, Any]) -> list[str]:
     correlation = "-" if row["correlation"] is None else f"{row['correlation']:.2f}"
     best = "-" if row["best"] is None else f"{row['best'] * 1e6:.1f}"
     numbers = [str(row["trials"]), str(row["failed"]), f"{row['seconds']:.0f}", f"{row['per_minute']:.0f}"]
     return [row["who"], *numbers, correlation, best]
-
-
-# -- what it brings -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A dense layer of (out, inner), or a convolution of square images (in, out, kernel, size of the image)."""
-
-    family: str
-    size: Mapping[str, Any]
-    shape: tuple[int, int] = (4096, 4096)
-    conv: tuple[int, int, int, int] | None = None
-
-
-TRAIN = {"out_modes": (16, 16, 16), "in_modes": (16, 16, 16)}
-LAYERS: dict[str, Layer] = {
-    "dense 1024x1024": Layer("dense", {}, (1024, 1024)),
-    "dense": Layer("dense", {}),
-    **{f"block-circulant {n}": Layer("block_circulant", {"block": n}) for n in (8, 16, 64)},
-    **{f"permuted-diagonal {p}": Layer("permuted_diagonal", {"block": p}) for p in (8, 16)},
-    "permuted-diagonal 8, natural": Layer("permuted_diagonal", {"block": 8, "indexing": "natural"}),
-    **{f"tensor-train 16^3 rank {r}": Layer("tensor_train", {**TRAIN, "rank": r}) for r in (4, 8)},
-    "low rank N/8": Layer("low_rank", {"rank": 512}),
-    "winograd 4 64->64 @ 56": Layer("winograd", {"tile": 4}, conv=(64, 64, 3, 56)),
-    "winograd 4 256->256 @ 14": Layer("winograd", {"tile": 4}, conv=(256, 256, 3, 14)),
-    "1x1 256->64 @ 56": Layer("conv2d", {}, conv=(256, 64, 1, 56)),
-    "1x1 512->128 @ 28": Layer("conv2d", {}, conv=(512, 128, 1, 28)),
-    "1x1 1024->256 @ 14": Layer("conv2d", {}, conv=(1024, 256, 1, 14)),
-}
-QUICK = ("dense 1024x1024", "block-circulant 16", "1x1 512->128 @ 28")
-PLAIN = ("dense", "conv2d")  # kernels without a structure
-
-
-def layers(
-    names: Sequence[str], batches: Sequence[int], trials: int, folder: Path, path: Path | None
-) -> list[dict[str, Any]]:
-    """One row for each layer and batch, written as soon as it is there."""
-    target, rows = resolve_target("host"), []
-    database = ts.Database(folder, must_exist=False)
-    measurer = LocalMeasurer(int(target.attrs["num-cores"]))
-    try:
-        with database.locked():
-            for batch, name in itertools.product(batches, names):
-                task = WeightedTask(task_of(LAYERS[name], batch, target))
-                (done,) = Session([task], database, measurer, trials).run()
-                if done.best:
-                    rows.append(row_of(name, batch, done))
-                    write_json(path, rows)
-    finally:
-        measurer.close()
-    return rows
-
-
-def task_of(layer: Layer, batch: int, target: Any) -> KernelTask:
-    """The kernel with a bias and a ReLU; convolutions in blocks of channels, as inside a network."""
-    cpu, epilogue = Cpu.of(target), Epilogue(bias=True, activation="relu")
-    structure = member_of(layer)
-    if layer.conv is None:
-        out, inner = layer.shape
-        site = Site((batch, inner), (batch, out), cpu, epilogue)
-        return KernelTask.of(KERNELS[layer.family], structure, site, target)
-    inner, out, kernel, image = layer.conv
-    pad = kernel // 2
-    conv = ConvGeometry((kernel, kernel), padding=(pad,) * 4)
-    shapes = (batch, inner, image, image), (batch, out, image, image)
-    return KernelTask.of(KERNELS[layer.family], structure, Site(*shapes, cpu, epilogue, conv, True, True), target)
-
-
-def member_of(layer: Layer) -> Structure:
-    """A random member of the family."""
-    rng = np.random.default_rng(0)
-    if layer.conv is not None:
-        inner, out, kernel, image = layer.conv
-        weight = rng.standard_normal((out, inner, kernel, kernel), dtype=np.float32)
-        whole: Any = ts.Conv2d("w", weight, padding=(kernel // 2,) * 4, input_hw=(image, image))
-    else:
-        whole = ts.Dense("w", rng.standard_normal(layer.shape, dtype=np.float32))
-    if layer.family == "tensor_train":  # by its cores: decomposing a random matrix would take longer than the tuning
-        ranks = [1, layer.size["rank"], layer.size["rank"], 1]
-        modes = zip(layer.size["out_modes"], layer.size["in_modes"], strict=True)
-        cores = [
-            rng.standard_normal((ranks[k], o, i, ranks[k + 1]), dtype=np.float32) for k, (o, i) in enumerate(modes)
-        ]
-        sizes = {"shape": layer.shape, **{name: layer.size[name] for name in ("out_modes", "in_modes")}}
-        return ts.STRUCTURES["tensor_train"].from_factors(sizes, cores)
-    if layer.family == "low_rank":
-        rank = layer.size["rank"]
-        factors = [
-            rng.standard_normal(shape, dtype=np.float32) for shape in ((layer.shape[0], rank), (rank, layer.shape[1]))
-        ]
-        return ts.STRUCTURES["low_rank"].from_factors({"shape": layer.shape}, factors)
-    family = Unstructured if layer.family in PLAIN else ts.STRUCTURES[layer.family]
-    return family.from_dense(whole, **layer.size)
-
-
-def row_of(name: str, batch: int, done: Progress) -> dict[str, Any]:
-    assert done.best is not None and isinstance(done.weighted.task, KernelTask)
-    task, machine = done.weighted.task, roofline()
-    y = task.y_shape
-    rows = batch * math.prod(extent or 1 for extent in y[2:])
-    moved = task.structure.num_bytes + 4 * (
-        math.prod(e or batch for e in task.x_shape) + math.prod(e or batch for e in y)
-    )
-    flops = task.structure.flops(rows)
-    bounds = [
-        machine.fraction_of_bound(flops, moved, s) if machine else None
-        for s in (done.best.default_seconds, done.best.seconds)
-    ]
-    return {
-        "tuned_layer": name,
-        "kernel": task.kernel,
-        "batch": batch,
-        "trials": len(done.trials),
-        "default_seconds": done.best.default_seconds,
-        "seconds": done.best.seconds,
-        "config": done.best.config,
-        "bounds": bounds,
-    }
-
-
-def cells(row: Mapping[str, Any]) -> list[str]:
-    times = [f"{row[name] * 1e6:,.1f}" for name in ("default_seconds", "seconds")]
-    bounds = ["-" if bound is None else f"{bound:.0%}" for bound in row["bounds"]]
-    ratio = f"{row['default_seconds'] / row['seconds']:.2f}"
-    return [row["tuned_layer"], str(row["batch"]), str(row["trials"]), *times, ratio, *bounds]
-
-
-def means(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Geometric means, of the structured kernels and of the plain ones."""
-    notes = []
-    for what, chosen in (
-        ("structured kernels", [row for row in rows if row["kernel"] not in PLAIN]),
-        ("plain dense and 1x1 convolutions", [row for row in rows if row["kernel"] in PLAIN]),
-    ):
-        if chosen:
-            ratios = [row["default_seconds"] / row["seconds"] for row in chosen]
-            notes.append(f"{what}: geometric mean {math.exp(np.mean(np.log(ratios))):.2f}x of the hand schedules")
-    return notes
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ import bench_convs
 import bench_gpu
 import bench_layers
 import bench_models
-import bench_tuning
 import click
+import tuned_layers
 from measuring import Timing, milliseconds
 
 
@@ -42,7 +42,7 @@ def tables(rows: list[dict[str, Any]]) -> list[tuple[Sequence[str], list[Sequenc
         ratios = [bench_models.ratios(row) for row in rows]
         return [(["milliseconds", *bench_models.COLUMNS], times), (bench_models.RATIOS, ratios)]
     if "tuned_layer" in rows[0]:
-        return [(bench_tuning.HEADINGS, [bench_tuning.cells(row) for row in rows])]
+        return [(tuned_layers.HEADINGS, [tuned_layers.cells(row) for row in rows])]
     if "case" in rows[0]:
         return [(bench_gpu.HEADINGS, [bench_gpu.cells(row) for row in rows])]
     bench = bench_convs if "algorithm" in rows[0] else bench_layers

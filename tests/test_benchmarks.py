@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -277,3 +279,44 @@ def test_members_of_the_gpu_benchmark_are_what_pytorch_computes(monkeypatch: pyt
         factors = [torch.as_tensor(factor) for factor in member.factors.values()]
         y = einsum_of(member)(torch.from_numpy(x), *factors).numpy()
         np.testing.assert_allclose(y, x @ np.asarray(member.dense()).T, rtol=1e-3, atol=1e-3, err_msg=form)
+
+
+def test_the_tuning_benchmark_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = load(next(path for path in BENCHMARKS if path.stem == "bench_tuning"), monkeypatch)
+    import tuned_layers
+    from tuning_samples import FakeMeasurer
+
+    from tvm_structured.roofline import Roofline
+
+    small = {
+        "low rank": tuned_layers.Layer("low_rank", {"rank": 512}, (512, 512)),
+        "dense": tuned_layers.Layer("dense", {}, (64, 48)),
+        "1x1": tuned_layers.Layer("conv2d", {}, conv=(16, 24, 1, 6)),
+    }
+    for module in (bench, tuned_layers):
+        monkeypatch.setattr(module, "LAYERS", small)
+        monkeypatch.setattr(module, "roofline", lambda: Roofline(1e9, 1e9, 1e9))
+    seen: list[str] = []
+
+    def run(*words: str, stop_after: int | None = None) -> Any:
+        measurer = FakeMeasurer(stop_after)
+        monkeypatch.setattr(tuned_layers, "LocalMeasurer", lambda *_: measurer)
+        options = ["layers", "--work-dir", str(tmp_path / "db"), "--trials", "6", "--json", str(tmp_path / "rows.json")]
+        result = CliRunner().invoke(bench.main, [*options, *words])
+        seen.extend(measurer.measured)
+        return result
+
+    assert run(stop_after=9).exit_code != 0
+    assert [row["trials"] for row in json.loads((tmp_path / "rows.json").read_text())["rows"]] == [6]
+    finished = run()
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert finished.exit_code == 0, finished.output
+    assert len(seen) == sum(row["trials"] for row in rows) == 6 * 6, "no trial is made twice"
+    assert {(row["tuned_layer"], row["batch"]) for row in rows} == {
+        (name, batch) for name in small for batch in (1, 16)
+    }
+    assert all(row["default_seconds"] >= row["seconds"] and row["limit"] in ("FLOPs", "cache bytes") for row in rows)
+    assert "structured kernels: geometric mean" in finished.output and "0 slower" in finished.output
+    assert "plain dense and 1x1 convolutions: geometric mean" in finished.output
+    assert len(run("--trials", "9", "--minutes", "0").output.splitlines()) == len(finished.output.splitlines())
+    assert len(seen) == 36, "out of time: what was found before is reported again"
