@@ -19,6 +19,7 @@ from tvm_structured.schedules.cpu import Cpu
 from tvm_structured.schedules.emit import Emitter, parallel, row_blocks, scratch, serial, when
 from tvm_structured.schedules.epilogue import RowWriter
 from tvm_structured.schedules.gemm import multiply_block
+from tvm_structured.schedules.space import around
 from tvm_structured.structures.block_circulant import BlockCirculant
 from tvm_structured.structures.circulant_pattern import Blocks
 
@@ -30,7 +31,8 @@ TABLE_BLOCKS = 4  # blocks that are transformed at once
 def configs(structure: BlockCirculant, rows: Extent, cpu: Cpu) -> list[Config]:
     """`ni` vectors of block rows at once: wide streams, unless padding or idle threads cost more.
 
-    Nothing for more than MOST_ROWS rows.
+    To tune: the threads, how many block columns ahead the weight is prefetched, and how many are unrolled. Nothing
+    for more than MOST_ROWS rows.
     """
     if not isinstance(rows, int) or rows > MOST_ROWS:
         return []
@@ -41,7 +43,16 @@ def configs(structure: BlockCirculant, rows: Extent, cpu: Cpu) -> list[Config]:
         groups = -(-vectors // ni)
         return -(-groups // cpu.cores) * ni + 0.1 / ni
 
-    return [{"mode": "few", "ni": ni} for ni in sorted((n for n in (4, 2, 1) if n <= largest), key=time)]
+    ranked = sorted((n for n in (4, 2, 1) if n <= largest), key=time)
+    is_small = rows * effort(structure.blocks, cpu.lanes) < SERIAL_EFFORT
+    default = {"mode": "few", "ni": ranked[0], "threads": 1 if is_small else cpu.cores, "ahead": 0, "unroll": 1}
+    axes = {
+        "ni": [*ranked, *(n for n in (3, 6) if n <= min(vectors, largest))],
+        "ahead": (4, 16, 64),
+        "unroll": [n for n in (2, 4) if n <= structure.c.shape[1]],
+        "threads": (1, cpu.cores),
+    }
+    return list(around(default, axes))
 
 
 def effort(blocks: Blocks, lanes: int) -> float:
@@ -123,8 +134,7 @@ class FewRows:
         self.half = half_length(self.n)
         self.width = self.config["ni"] * self.e.lanes
         self.groups = -(-p // self.width)
-        is_small = self.rows * effort(self.blocks, self.e.lanes) < SERIAL_EFFORT
-        self.workers = 1 if is_small else min(self.groups, self.e.cpu.cores)
+        self.workers = min(self.groups, self.config["threads"])
 
     def emit(self) -> None:
         loop = parallel if self.workers > 1 else serial
@@ -193,16 +203,23 @@ class FewRows:
         for sums in acc:
             for registers in sums.values():
                 e.zero(registers)
-        with serial(0, self.columns) as j:
+
+        def step(j: Any) -> None:
             w = {
                 part: [e.bind(e.load(self.weight, group, f, j, index, q * e.lanes)) for q in range(ni)]
                 for index, part in enumerate("ri")
             }
+            if self.config["ahead"]:
+                for index in range(2):
+                    for q in range(ni):
+                        e.prefetch(self.weight, group, f, j + self.config["ahead"], index, q * e.lanes)
             for row, sums in enumerate(acc):
                 x = {part: e.bind(e.splat(self.spectra[row, j, 2 * f + i])) for i, part in enumerate("ri")}
                 for kind, registers in sums.items():
                     for q, register in enumerate(registers):
                         e.set(register, register[0] + w[kind[0]][q] * x[kind[1]])
+
+        row_blocks(self.columns, self.config["unroll"], lambda j, count: [step(j + i) for i in range(count)])
         for row, sums in enumerate(acc):
             for q in range(ni):
                 rr, ii = sums["rr"][q][0], sums["ii"][q][0]

@@ -40,7 +40,7 @@ class Conv2dKernel(Kernel):
     def configs(self, structure: Structure, site: Site) -> Iterator[Config]:
         shape = ImageShape.of(site)
         if shape.channels == 1 and shape.groups > 1:
-            yield from depthwise_blocks.configs(shape, site.cpu) if site.blocked_x else depthwise.configs()
+            yield from (depthwise_blocks if site.blocked_x else depthwise).configs(shape, site.cpu)
         else:
             forms = ("blocks",) if site.blocked_x else ("channels",) if site.blocked_y else ("pixels", "channels")
             yield from ranked_configs(shape.joined(), site.cpu, forms)

@@ -20,12 +20,15 @@ from tvm_structured.schedules.channel_blocks import BlockWriter
 from tvm_structured.schedules.conv2d import EMIT, Conv2dKernel, flat_image
 from tvm_structured.schedules.emit import Emitter, arg, prim_func, scratch
 from tvm_structured.schedules.images import ImageShape, ImageWriter
+from tvm_structured.schedules.space import around
 from tvm_structured.structures.base import Structure
 from tvm_structured.structures.conv_chain import ConvChain, Step
 from tvm_structured.structures.layer import Conv2d
 from tvm_structured.structures.unstructured import Unstructured
 
 CONV2D = Conv2dKernel()
+OFFERED = 12  # configurations of a step
+MOST_CHAINS = 400
 
 
 class ConvChainKernel(Kernel):
@@ -34,16 +37,15 @@ class ConvChainKernel(Kernel):
     takes_images: ClassVar[bool] = True
 
     def configs(self, structure: Structure, site: Site) -> Iterator[Config]:
-        """The default of every step, then other choices for one step after the other."""
+        """The default of every step, then other choices for one step after the other, then for two."""
         offered = [
-            list(itertools.islice(CONV2D.configs(member, place), 2))
+            list(itertools.islice(CONV2D.configs(member, place), OFFERED))
             for member, place in zip(*self.parts(structure, site), strict=True)
         ]
-        default = [configs[0] for configs in offered]
-        yield {"steps": default}
-        for number, configs in enumerate(offered):
-            for other in configs[1:]:
-                yield {"steps": [*default[:number], other, *default[number + 1 :]]}
+        default = {str(step): configs[0] for step, configs in enumerate(offered)}
+        others = {str(step): configs[1:] for step, configs in enumerate(offered)}
+        for config in itertools.islice(around(default, others), MOST_CHAINS):
+            yield {"steps": list(config.values())}
 
     def pack(self, structure: Structure, site: Site, config: Config) -> dict[str, np.ndarray]:
         parts = zip(*self.parts(structure, site), config["steps"], strict=True)

@@ -17,7 +17,7 @@ from tvm_structured.schedules import conv_blocks
 from tvm_structured.schedules.base import Config, Site
 from tvm_structured.schedules.channel_blocks import BlockWriter
 from tvm_structured.schedules.conv2d import EMIT, Conv2dKernel, flat_image
-from tvm_structured.schedules.conv_chain import ConvChainKernel
+from tvm_structured.schedules.conv_chain import OFFERED, ConvChainKernel
 from tvm_structured.schedules.emit import Emitter, arg, parallel, prim_func, scratch, serial
 from tvm_structured.schedules.gemm import multiply_block, pack_panels
 from tvm_structured.schedules.images import ImageShape
@@ -31,10 +31,11 @@ class CPKernel(ConvChainKernel):
     name = "cp"
 
     def configs(self, structure: Structure, site: Site) -> Iterator[Config]:
-        yield from itertools.islice(super().configs(structure, site), 3)
-        if site.blocked_x:
-            for config in itertools.islice(Conv2dKernel().configs(structure, site), 1):
-                yield {"rebuilt": config}
+        chains = super().configs(structure, site)
+        yield from itertools.islice(chains, 3)
+        rebuilt = Conv2dKernel().configs(structure, site) if site.blocked_x else iter(())
+        yield from ({"rebuilt": config} for config in itertools.islice(rebuilt, OFFERED))
+        yield from chains
 
     def pack(self, structure: Structure, site: Site, config: Config) -> dict[str, np.ndarray]:
         """Rebuilt: outputs (blocks, rank, width) and inputs (channels, rank), bytes where they are integers of up to 8

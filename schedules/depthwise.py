@@ -16,17 +16,22 @@ from tvm import tirx
 from tvm_structured.schedules.base import Config
 from tvm_structured.schedules.conv_pixels import padded_copy
 from tvm_structured.schedules.conv_units import Term, each_term
+from tvm_structured.schedules.cpu import Cpu
 from tvm_structured.schedules.emit import Emitter, parallel, scratch, serial
 from tvm_structured.schedules.images import ImageShape, ImageWriter, PaddedCopy, lane_blocks
+from tvm_structured.schedules.space import around
 
 MOST_CHANNELS = 16  # to a piece of work
 UNROLLED = 256  # products; larger kernels loop over their rows
 
 
-def configs() -> Iterator[Config]:
-    """Output rows that share the loads of the image."""
-    for rows in (4, 2, 8, 1):
-        yield {"form": "depthwise", "rows": rows}
+def configs(shape: ImageShape, cpu: Cpu) -> Iterator[Config]:
+    """Output rows that share the loads of the image, and channels to a piece of work."""
+    channels = max(1, min(MOST_CHANNELS, shape.groups // (4 * cpu.cores)))
+    choices = [count for count in (1, 4, 8, 32, -(-shape.groups // cpu.cores)) if count <= shape.groups]
+    default = {"form": "depthwise", "rows": 4, "channels": channels}
+    rows = [count for count in (2, 8, 1, 3, 6) if count <= shape.output[0]]
+    yield from around(default, {"rows": rows, "channels": sorted(set(choices))})
 
 
 def pack(matrix: np.ndarray, shape: ImageShape) -> np.ndarray:
@@ -37,7 +42,7 @@ def pack(matrix: np.ndarray, shape: ImageShape) -> np.ndarray:
 def emit(e: Emitter, shape: ImageShape, config: Config, x: Any, weight: Any, writer: ImageWriter) -> None:
     """The whole convolution; x is (batch, channels, pixels). `shape.outs` is the multiplier."""
     copy = padded_copy(shape, shape.output[0])
-    chunk = max(1, min(MOST_CHANNELS, shape.groups // (4 * e.cpu.cores)))
+    chunk = config["channels"]
     chunks = -(-shape.groups // chunk)
     with parallel(0, shape.batch * chunks) as unit:
         image, first = unit // chunks, unit % chunks * chunk

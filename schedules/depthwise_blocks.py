@@ -14,16 +14,19 @@ from tvm_structured.schedules.conv_units import repeat
 from tvm_structured.schedules.cpu import Cpu
 from tvm_structured.schedules.emit import Emitter, parallel, scratch, serial
 from tvm_structured.schedules.images import ImageShape
+from tvm_structured.schedules.space import around
 
 STRIP_BYTES = 96 * 1024  # of padded image, in the levels of cache next to the core
 UNROLLED_TAPS = 25
 
 
 def configs(shape: ImageShape, cpu: Cpu) -> Iterator[Config]:
-    """Pixels of a row whose sums stay in registers beside the kernel."""
-    rows = strip_rows(shape, cpu)
-    for columns in (6, 8, 4, 12) if cpu.registers >= 32 else (4, 3, 2):
-        yield {"form": "depthwise blocks", "rows": rows, "columns": min(columns, shape.output[1])}
+    """Pixels of a row whose sums stay in registers beside the kernel, and rows that are worked on together."""
+    height, width = shape.output
+    first, *others = (6, 8, 4, 12, 3, 2, 1, 10, 14) if cpu.registers >= 32 else (4, 3, 2, 1, 6)
+    default = {"form": "depthwise blocks", "rows": strip_rows(shape, cpu), "columns": min(first, width)}
+    strips = sorted({-(-height // count) for count in (1, 2, 3, 4, 6, 8, 12, 16, 28, 56) if count <= height})
+    yield from around(default, {"columns": [count for count in others if count <= width], "rows": strips})
 
 
 def pack(matrix: np.ndarray, shape: ImageShape, lanes: int) -> np.ndarray:

@@ -12,6 +12,7 @@ from tvm_structured.schedules.base import Config, Kernel, Site
 from tvm_structured.schedules.complex_fft import LongTransform, twiddles
 from tvm_structured.schedules.emit import Emitter, arg, ceildiv, either, parallel, prim_func, scratch, serial, when
 from tvm_structured.schedules.epilogue import RowWriter
+from tvm_structured.schedules.space import around
 from tvm_structured.structures.base import Structure
 from tvm_structured.structures.toeplitz_like import ToeplitzLike
 
@@ -27,7 +28,7 @@ class ToeplitzLikeKernel(Kernel):
 
     def configs(self, structure: Structure, site: Site) -> Iterator[Config]:
         few = isinstance(site.rows, int) and site.rows <= 2
-        yield {"threads": 1 if few else site.cpu.cores}
+        yield from around({"threads": 1 if few else site.cpu.cores}, {"threads": (1, site.cpu.cores)})
 
     def pack(self, structure: Structure, site: Site, config: Config) -> dict[str, np.ndarray]:
         """Spectra of the B_i and the A_i: (rank, which, re and im, length), divided by the length for the inverses."""

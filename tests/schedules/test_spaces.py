@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import numpy as np
 import pytest
-from kernel_harness import check_all_guarded, target_for
+from kernel_harness import EVERYTHING, check_all_guarded, output_image, target_for
 from tuning_samples import SIZES, sample_task
 
-from tvm_structured.schedules import KERNELS, Cpu, Epilogue, Site
+from tvm_structured.schedules import KERNELS, ConvGeometry, Cpu, Epilogue, Site
 from tvm_structured.schedules.space import around, block_rows
-from tvm_structured.structures import STRUCTURES, Dense, Unstructured
+from tvm_structured.structures import STRUCTURES, Conv2d, Dense, Unstructured
 from tvm_structured.tuning.tasks import config_text
 
 PICKED = 3  # configurations of each kernel and number of rows
+Case = dict[str, Any]
+SAME = ConvGeometry((3, 3), padding=(1, 1, 1, 1))
 
 
 def member(name: str) -> object:
@@ -38,6 +43,57 @@ def test_configurations_from_all_over_the_space_are_right(guarded, name: str) ->
             for c in picked
         ]
     assert guarded(check_all_guarded, cases) == len(cases) > 0
+
+
+def image_case(family: str, out: int, inner: int, conv: ConvGeometry, image: tuple[int, int], **size: object) -> Case:
+    weight = np.random.default_rng(0).standard_normal((out, inner // conv.groups, *conv.kernel)).astype(np.float32)
+    layer = Conv2d("w", weight, conv.stride, conv.padding, conv.dilation, conv.groups, image)
+    structure = {**STRUCTURES, "conv2d": Unstructured}[family].from_dense(layer, **size)
+    return {"structure": structure, "name": family, "rows": (2,), "conv": conv, "image": image}
+
+
+def special_cases() -> dict[str, Case]:
+    """Spaces that depend on the place: a few rows, images of few channels, steps of a chain."""
+    each, strided = (
+        ConvGeometry((3, 3), padding=(1,) * 4, groups=20),
+        ConvGeometry((3, 5), (2, 3), (1, 2, 0, 3), (2, 1), 32),
+    )
+    weight = np.random.default_rng(0).standard_normal((200, 136)).astype(np.float32)
+    circulant = STRUCTURES["block_circulant"].from_dense(Dense("w", weight), block=8)
+    blocked = {"blocked": (True, True)}
+    return {
+        "few, 1 row": {"structure": circulant, "name": "block_circulant", "rows": (1,)},
+        "few, 2 rows": {"structure": circulant, "name": "block_circulant", "rows": (2,)},
+        "depthwise": image_case("conv2d", 20, 20, each, (9, 11)),
+        "depthwise, strides": image_case("conv2d", 32, 32, strided, (19, 31)),
+        "depthwise blocks": image_case("conv2d", 20, 20, each, (9, 11)) | blocked,
+        "depthwise blocks, strides": image_case("conv2d", 32, 32, strided, (19, 31)) | blocked,
+        "tucker": image_case("tucker", 20, 18, SAME, (8, 8), ranks=(6, 5)),
+        "cp": image_case("cp", 20, 18, SAME, (8, 8), rank=5) | blocked,
+        "toeplitz": {
+            "structure": STRUCTURES["toeplitz_like"].from_dense(Dense("w", weight[:60, :48]), rank=1),
+            "name": "toeplitz_like",
+            "rows": (3,),
+        },
+    }
+
+
+SPECIAL = special_cases()
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+def test_special_spaces_are_wide_and_right(guarded, name: str) -> None:
+    case = SPECIAL[name]
+    structure, conv, rows = case["structure"], case.get("conv"), case["rows"][0]
+    shapes = (rows, structure.shape[1]), (rows, structure.shape[0])
+    if conv is not None:
+        inner = structure.shape[1] // math.prod(conv.kernel) * conv.groups
+        shapes = (rows, inner, *case["image"]), (rows, structure.shape[0], *output_image(conv, case["image"]))
+    site = Site(*shapes, Cpu.of(target_for()), EVERYTHING, conv, *case.get("blocked", (False, False)))
+    listed = list(map(config_text, KERNELS[case["name"]].configs(structure, site)))
+    assert len(set(listed)) == len(listed) >= (2 if name == "toeplitz" else 12)
+    picked = sorted({int(place) for place in np.linspace(1, len(listed) - 1, 4)})
+    assert guarded(check_all_guarded, [{**case, "config": c, "epilogue": EVERYTHING} for c in picked]) == len(picked)
 
 
 @pytest.mark.parametrize("name", SIZES)
