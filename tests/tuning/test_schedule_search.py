@@ -15,9 +15,8 @@ from kernel_harness import target_for
 from tuning_samples import product
 from tvm import te
 
-from tvm_structured.tuning.schedule_search import ScheduleSearch
+from tvm_structured.tuning.schedule_search import BATCH, ScheduleSearch
 from tvm_structured.tuning.schedule_tasks import ScheduleTask, is_tunable
-from tvm_structured.tuning.search import BATCH
 from tvm_structured.tuning.tasks import config_text
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 import tvm
 from click.testing import CliRunner
 from torch import nn
+from tuning_samples import FakeMeasurer
 
 import tvm_structured as ts
 from tvm_structured import cli, relay
@@ -176,6 +178,51 @@ def test_a_tuned_form_is_priced_as_tuned_and_the_choice_may_change(
     assert fast.choices["2.weight"].name == "low_rank" and "5.0x faster" in fast.notes["2.weight"].reason
 
 
+def test_a_layer_turns_from_dense_to_structured_once_tuning_made_that_faster(
+    tuned: tuple[ts.TuningResult, Path], tmp_path: Path, monkeypatch: Any
+) -> None:
+    """On this machine, where layers are timed: as they are written by hand the dense form is the faster one."""
+    import tvm_structured.costs as costs
+
+    def measure(calls: Any, target: Any, is_cold: bool = False, records: Any = None) -> list[float]:
+        configs = [costs.tuned_config(call, target, records) for call in calls]
+        return [
+            1e-5 if "low_rank" not in call.op else 5e-5 if config is None else 2e-6
+            for call, config in zip(calls, configs, strict=True)
+        ]
+
+    monkeypatch.setenv("TVM_STRUCTURED_CACHE", str(tmp_path))
+    monkeypatch.setattr(costs, "measure_calls", measure)
+    with_other_configs(tuned[1], tmp_path / "other")
+    model, x = small_model()
+
+    def choice(database: Path | None) -> str:
+        compiled = ts.compile(model, (x,), target="host", database=database)
+        np.testing.assert_allclose(compiled(x.numpy()), model(x).numpy(), atol=1e-5)
+        return str(compiled.plan.choices["2.weight"].name)
+
+    assert choice(None) == "dense" and choice(tmp_path / "other") == "low_rank"
+
+
+def test_ctrl_c_and_the_same_call_again_end_like_one_session(
+    tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, x = nn.Sequential(nn.Linear(48, 32), nn.ReLU(), nn.Linear(32, 80)).eval(), torch.randn(2, 48)
+
+    def tune(name: str, measurer: FakeMeasurer) -> ts.TuningResult:
+        monkeypatch.setattr("tvm_structured.tuning.api.make_measurer", lambda *_: measurer)
+        return ts.tune(model, (x,), work_dir=tmp_path / name, trials=12, seed=4, measure=False)
+
+    whole = tune("whole", FakeMeasurer())
+    with pytest.raises(KeyboardInterrupt):
+        tune("parts", FakeMeasurer(stop_after=9))
+    assert "not finished: the same command goes on" in capsys.readouterr().out
+    assert len(ts.Database(tmp_path / "parts").trials) == 9
+    parts = tune("parts", FakeMeasurer())
+    assert [progress.best for progress in parts.progress] == [progress.best for progress in whole.progress]
+    assert "geometric mean" in capsys.readouterr().out
+
+
 def test_costs_of_layers_travel_with_the_database(
     tuned: tuple[ts.TuningResult, Path], tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -202,6 +249,7 @@ def test_costs_of_layers_travel_with_the_database(
         ({"rpc_tracker": "127.0.0.1:1", "rpc_key": "k"}, "no RPC tracker answers"),
         ({"rpc_tracker": "127.0.0.1:1"}, "without rpc_key"),
         ({"target": {"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mcpu": "cortex-a72"}}, "does not run"),
+        ({"time_budget": math.nan}, "time_budget=nan"),
     ],
 )
 def test_bad_arguments_are_named(options: dict[str, Any], word: str, tmp_path: Path) -> None:

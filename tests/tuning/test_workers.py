@@ -7,13 +7,17 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tuning_samples import sample_task
 
 from tvm_structured.tuning.clock import adaptive_seconds, seconds_by_turn, slot
+from tvm_structured.tuning.rpc import RpcMeasurer
+from tvm_structured.tuning.tasks import config_text
 from tvm_structured.tuning.workers import LocalMeasurer, Samples, Worker, WorkerLost
 
 TASK = sample_task()
@@ -86,6 +90,65 @@ def test_a_worker_ends_with_its_parent(tmp_path: Path) -> None:
             return
         subprocess.run(["sleep", "0.1"], check=True)
     pytest.fail(f"worker {pid} is still there")
+
+
+def test_a_session_that_goes_on_compares_outputs_with_the_hand_schedule() -> None:
+    """Not with whatever it happens to try first."""
+    fresh = LocalMeasurer(1)
+    try:
+        results = [measured for _, measured in fresh.measure(TASK, [TASK.space[1], TASK.space[2]], math.inf)]
+        assert all(measured.seconds for measured in results) and fresh._samples.know(TASK)
+        asked: list[Any] = []
+        fresh._build = lambda *words: asked.append(words[-1]) or (0, "not built")  # type: ignore[method-assign]
+        list(fresh.measure(TASK, [TASK.space[3]], math.inf))
+        assert asked == [TASK.space[3]], "the hand schedule is run once"
+        assert not list(fresh.measure(TASK, [], math.inf))
+    finally:
+        fresh.close()
+
+
+class Answers:
+    """Stands for a process with a server: says when it is done, and with what."""
+
+    def __init__(self, outputs: dict[str, float], first: str) -> None:
+        self.outputs, self.first, self.asked = outputs, first, list[str]()
+        self.is_first_done = threading.Event()
+        self.config = ""
+
+    def ask(self, task: Any, do: str, timeout: float, **arguments: Any) -> dict[str, Any]:
+        if do == "build":
+            self.config = config_text(arguments["config"])
+            self.asked.append(self.config)
+            return {}
+        if self.config == self.first:
+            self.is_first_done.set()
+        else:
+            assert self.is_first_done.wait(10)
+        return {"seconds": 1e-5, "sample": [self.outputs[self.config]]}
+
+    def kill(self) -> None:
+        pass
+
+
+def remote_measurer(*workers: Answers) -> RpcMeasurer:
+    made = RpcMeasurer.__new__(RpcMeasurer)
+    made.workers, made.timeout, made._samples, made._batch = list(workers), 1.0, Samples(), 0  # type: ignore[arg-type]
+    return made
+
+
+def test_remote_results_are_handed_on_as_they_come_and_compared_with_the_hand_schedule() -> None:
+    texts = [config_text(config) for config in TASK.space[:4]]
+    outputs = dict(zip(texts, (1.0, 7.0, 1.0, 1.0), strict=True))
+    late, early = Answers(outputs, texts[1]), Answers(outputs, texts[1])
+    early.is_first_done = late.is_first_done
+    results = list(remote_measurer(late, early).measure(TASK, TASK.space[:4], math.inf))
+    assert results[0][0] == 0 and sorted(index for index, _ in results) == [0, 1, 2, 3]
+    failed = {index for index, measured in results if measured.seconds is None}
+    assert failed == {1}, "the wrong one was the first to be done, and yet it is the one that differs"
+
+    again = Answers(outputs, texts[0])
+    ((_, measured),) = remote_measurer(again).measure(TASK, [TASK.space[1]], math.inf)
+    assert again.asked == texts[:2] and "differs" in measured.error
 
 
 # -- the clock ------------------------------------------------------------------------------------------

@@ -37,8 +37,10 @@ class RpcMeasurer:
         self._batch = 0
 
     def measure(self, task: Any, configs: Sequence[Config], limit: float) -> Iterator[tuple[int, Measured]]:
-        """In order, whichever server is the first to be done."""
+        """As they are done; in a first batch those that come before the hand schedule wait for it."""
         self._batch += 1
+        if self._samples.need_hand_schedule(task, configs):
+            self._checked(task, self._measure_one(self.workers[0], task, task.by_hand, f"{self._batch}.by hand", limit))
         waiting: queue.Queue[tuple[int, int]] = queue.Queue()
         done: queue.Queue[tuple[int, Measured]] = queue.Queue()
         for index in range(len(configs)):
@@ -61,14 +63,18 @@ class RpcMeasurer:
         for thread in threads:
             thread.start()
         try:
-            results: dict[int, Measured] = {}
-            for index in range(len(configs)):
-                while index not in results:
-                    number, measured = done.get()
-                    results[number] = self._checked(task, measured)
-                if results[index].lost:
-                    self._check_servers()
-                yield index, results[index]
+            early: list[tuple[int, Measured]] = []
+            is_first_done = self._samples.know(task)
+            for _ in configs:
+                early.append(done.get())
+                is_first_done |= early[-1][0] == 0
+                if not is_first_done:
+                    continue
+                for index, measured in sorted(early, key=lambda result: result[0]):
+                    if measured.lost:
+                        self._check_servers()
+                    yield index, self._checked(task, measured)
+                early.clear()
         except BaseException:  # also a stop from the keyboard, or a caller that wants no more
             stop.set()
             for worker in self.workers:

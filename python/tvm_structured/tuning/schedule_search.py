@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from tvm_structured.schedules import Config
-from tvm_structured.tuning.search import BATCH
 from tvm_structured.tuning.tasks import config_text, plain
 
 POPULATION, GENERATIONS = 64, 3  # on one thread, which keeps it repeatable: TVM's 512 and 4 take longer than to measure
+BATCH = 16  # candidates of a generation, where TVM takes 64: each begins with a population of new traces, which is slow
 FAILED = 1e10  # seconds, MetaSchedule's own mark
 
 

@@ -78,6 +78,11 @@ class ScheduleTask:
 
         return Target(json.loads(self.target))
 
+    @property
+    def by_hand(self) -> Config:
+        """The empty trace: the default schedule."""
+        return {}
+
     def build(self, config: Config) -> tuple[Any, list[np.ndarray]]:
         """The scheduled function and the arguments of one call; the last is the output."""
         from tvm import s_tir

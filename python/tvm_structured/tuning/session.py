@@ -61,7 +61,9 @@ class Progress:
 
     @property
     def default_seconds(self) -> float | None:
-        return self.best.default_seconds if self.best else (self.trials[0].seconds if self.trials else None)
+        if self.best:
+            return self.best.default_seconds
+        return next((trial.seconds for trial in self.trials if trial.number == 0), None)
 
     @property
     def ratio(self) -> float | None:
@@ -134,9 +136,9 @@ class Session:
             return False
         fresh = [config for config in batch if config_text(config) not in tried]
         limit = progress.seconds or math.inf
-        for index, measured in self.measurer.measure(task, fresh, limit):
-            number = 1 + max((trial.number for trial in progress.trials), default=-1)
-            trial = Trial(progress.origin, number, fresh[index], measured.seconds, measured.error)
+        first = 1 + max((trial.number for trial in progress.trials), default=-1)
+        for index, measured in self.measurer.measure(task, fresh, limit):  # in whatever order they are done
+            trial = Trial(progress.origin, first + index, fresh[index], measured.seconds, measured.error)
             self.database.add([trial])
             progress.trials.append(trial)
             tried[trial.text] = trial

@@ -130,6 +130,11 @@ class KernelTask:
         """Every configuration once, the hand schedule first."""
         return distinct(kernels_of(self.target)[self.kernel].configs(self.structure, self.site))
 
+    @property
+    def by_hand(self) -> Config:
+        """The hand schedule."""
+        return self.space[0]
+
     def build(self, config: Config) -> tuple[Any, list[np.ndarray]]:
         """The PrimFunc and the arguments of one call; the last is the output."""
         kernel, site, rng = kernels_of(self.target)[self.kernel], self.site, np.random.default_rng(0)

@@ -224,6 +224,8 @@ def end_with_parent(parent: int) -> None:
 
 def main() -> None:
     threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
+    importlib.import_module("tvm_structured.tuning.schedule_tasks")  # before it is told a task, which may take a while
+    importlib.import_module("tvm.s_tir")
     with os.fdopen(int(sys.argv[1]), "r") as reader, os.fdopen(int(sys.argv[2]), "w") as writer:
         serve(reader, writer)
 

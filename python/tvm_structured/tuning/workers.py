@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from tvm_structured.schedules import Config
+from tvm_structured.tuning.tasks import config_text
 
 TIMEOUT = 30.0  # seconds for building or for timing one candidate
 START = 120.0  # seconds for a process to import TVM, on a machine that has other things to do
@@ -43,7 +44,8 @@ class Measurer(Protocol):
     """What a session needs of its workers."""
 
     def measure(self, task: Any, configs: Sequence[Config], limit: float) -> Iterator[tuple[int, Measured]]:
-        """(index, time) of every configuration, as they come. `limit`: the best time so far, or infinity."""
+        """(index, time) of every configuration, as they come. `limit`: the best time so far, or infinity. Outputs are
+        compared with that of the hand schedule, which is run first where it is not among them."""
 
     def compare(self, task: Any, configs: Sequence[Config], rounds: int) -> list[list[float]] | None:
         """Seconds of each configuration by round, taken in turns; None where that failed."""
@@ -63,8 +65,7 @@ class Worker:
 
     def ask(self, task: Any, do: str, timeout: float, **arguments: Any) -> dict[str, Any]:
         """The answer to one request about a task. Raises WorkerLost; the next request starts a new process."""
-        if self._process is None:
-            self._start()
+        self.start()
         if self._task is not task:
             self._send({"do": "task", "task": task.to_json(), "remote": self.remote})
             answer = self._receive(START)
@@ -74,7 +75,10 @@ class Worker:
         self._send({"do": do, "with": arguments})
         return self._receive(timeout)
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Start the process if there is none; it imports TVM while this one goes on."""
+        if self._process is not None:
+            return
         inner_read, self._write = os.pipe()
         self._read, inner_write = os.pipe()
         environment = {**os.environ, "TVM_NUM_THREADS": str(self.threads), "PYTHONPATH": search_path()}
@@ -138,11 +142,18 @@ def search_path() -> str:
 
 
 class Samples:
-    """Outputs of the candidates of a task against that of the first: a candidate that computes something else has
-    failed, however fast it is."""
+    """Outputs of the candidates of a task against that of the hand schedule, which comes first: a candidate that
+    computes something else has failed, however fast it is."""
 
     def __init__(self) -> None:
         self._expected: dict[str, np.ndarray] = {}
+
+    def know(self, task: Any) -> bool:
+        return task.key in self._expected
+
+    def need_hand_schedule(self, task: Any, configs: Sequence[Config]) -> bool:
+        """Whether it has to be run before these: a session that goes on begins with other candidates."""
+        return bool(configs) and not self.know(task) and config_text(configs[0]) != config_text(task.by_hand)
 
     def differs(self, task: Any, sample: Sequence[float]) -> bool:
         values = np.asarray(sample, np.float64)
@@ -166,6 +177,12 @@ class LocalMeasurer:
 
     def measure(self, task: Any, configs: Sequence[Config], limit: float) -> Iterator[tuple[int, Measured]]:
         self._batch += 1
+        for worker in self.workers:  # also those that have nothing to do yet: starting takes seconds
+            worker.start()
+        if self._samples.need_hand_schedule(task, configs):
+            worker, name = self.workers[0], f"{self._batch}.by hand"
+            built_by_hand = self._build(worker, task, name, task.by_hand)
+            self._time(worker, task, name, task.by_hand, built_by_hand, math.inf)
         names = [f"{self._batch}.{number}" for number in range(len(configs))]
         shares = [range(start, len(configs), len(self.workers)) for start in range(len(self.workers))]
         built = list(
