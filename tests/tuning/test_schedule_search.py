@@ -24,9 +24,13 @@ def run(search: ScheduleSearch, trials: int) -> list[dict[str, Any]]:
     """All candidates, with times that follow from their text."""
     found: list[dict[str, Any]] = []
     while batch := search.next(trials):
-        search.learn([(config, 1e-5 * (1 + zlib.crc32(config_text(config).encode()) / 2**32)) for config in batch])
+        search.learn([(config, time_of(config)) for config in batch])
         found += batch
     return found
+
+
+def time_of(config: dict[str, Any]) -> float:
+    return 1e-5 * (1 + zlib.crc32(config_text(config).encode()) / 2**32)
 
 
 def test_the_default_schedule_is_first_and_every_candidate_computes_the_function() -> None:
@@ -44,11 +48,19 @@ def test_the_default_schedule_is_first_and_every_candidate_computes_the_function
     assert "tvm.s_tir.tensor_intrin" not in sys.modules, "the stand-in for TVM's intrinsics stayed"
 
 
-def test_the_same_results_lead_to_the_same_candidates() -> None:
-    """What makes a stopped session go on where it was."""
-    task = ScheduleTask.of(product(), target_for())
-    first, second = (run(ScheduleSearch(task, 3), BATCH + 5) for _ in range(2))
-    assert list(map(config_text, first)) == list(map(config_text, second))
+def test_searches_of_several_functions_do_not_disturb_each_other_nor_who_draws_numbers() -> None:
+    """The same results lead to the same candidates, also for a session that goes on and skips what is finished."""
+    tasks = [ScheduleTask.of(product(rows), target_for()) for rows in (16, 24)]
+    alone = run(ScheduleSearch(tasks[0], 3), BATCH + 3)
+    np.random.seed(7)
+    expected = np.random.RandomState(7).uniform(size=3)
+    searches, found = [ScheduleSearch(task, 3) for task in tasks], list[dict[str, Any]]()
+    while any(batches := [search.next(BATCH + 3) for search in searches]):
+        for search, batch in zip(searches, batches, strict=True):
+            search.learn([(config, time_of(config)) for config in batch])
+        found += batches[0]
+    assert list(map(config_text, found)) == list(map(config_text, alone))
+    np.testing.assert_array_equal(np.random.uniform(size=3), expected)
 
 
 def test_a_marked_block_reaches_its_rule_through_metaschedule() -> None:

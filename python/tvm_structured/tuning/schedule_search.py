@@ -31,7 +31,8 @@ class ScheduleSearch:
 
     def __init__(self, task: Any, seed: int) -> None:
         self.task, self.seed = task, seed
-        self.count = 0
+        self.count = self._trials = 0
+        self._random = np.random.RandomState(seed).get_state()
         self._context: Any = None
         self._candidates: list[Any] = []
 
@@ -42,7 +43,8 @@ class ScheduleSearch:
             return []
         if self._context is None:
             self._start(trials)
-        with lean_intrinsics():
+        self._trials = trials
+        with lean_intrinsics(), self._own_numbers():
             found = self._context.generate_measure_candidates()
         self._candidates = list(found or [])[: trials - self.count]
         return [{"trace": plain(candidate.sch.trace.as_json())} for candidate in self._candidates]
@@ -64,13 +66,25 @@ class ScheduleSearch:
             )
             self._database.commit_tuning_record(record)
         self._context.notify_runner_results(self._candidates, answers)
-        self._model.update(self._context, self._candidates, answers)
+        if self.count < self._trials:
+            with self._own_numbers():
+                self._model.update(self._context, self._candidates, answers)
         self._candidates = []
+
+    @contextmanager
+    def _own_numbers(self) -> Iterator[None]:
+        """The model draws from NumPy's global state: within, that is this search's, whatever else draws from it."""
+        outside = np.random.get_state()
+        np.random.set_state(self._random)
+        try:
+            yield
+        finally:
+            self._random = np.random.get_state()
+            np.random.set_state(outside)
 
     def _start(self, trials: int) -> None:
         from tvm.s_tir import meta_schedule as ms
 
-        np.random.seed(self.seed)  # the xgboost model draws from NumPy's global state
         with lean_intrinsics():
             self._context = ms.TuneContext(
                 mod=self.task.module,
@@ -88,7 +102,8 @@ class ScheduleSearch:
             )
             self._database = ms.database.MemoryDatabase()
             self._workload = self._database.commit_workload(self.task.module)
-            self._model = ms.cost_model.XGBModel(num_tuning_cores=1)
+            # as it comes the model guesses until it has seen 100 trials
+            self._model = ms.cost_model.XGBModel(num_tuning_cores=1, num_warmup_samples=BATCH)
             self._context.pre_tuning(trials, BATCH, self._context.generate_design_space(), self._database, self._model)
 
 
