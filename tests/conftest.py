@@ -13,6 +13,20 @@ os.environ["TVM_STRUCTURED_CACHE"] = tempfile.mkdtemp(prefix="tvm-structured-tes
 sys.path.insert(0, str(Path(__file__).parent))  # importlib mode leaves it out; kernel_harness is shared
 
 import pytest
+from hypothesis import settings
+
+# The same examples in every run, so that only a change makes a test fail; HYPOTHESIS_PROFILE=random looks for new ones.
+# The settings of single tests inherit from the profile, for they are made after it is loaded.
+settings.register_profile("fixed", derandomize=True, database=None, deadline=None)
+settings.register_profile("random", derandomize=False, deadline=None, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
+
+
+@pytest.fixture(autouse=True)
+def seed_torch() -> None:
+    """Each test draws the same numbers whatever ran before it in its process. Tests without torch stay without."""
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
 
 
 @pytest.fixture

@@ -77,7 +77,7 @@ def test_linear_is_the_product_with_its_dense_matrix(name, shape, lead):
 
 
 @pytest.mark.parametrize(("name", "shape"), members(CONV_SHAPES), ids=str)
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(
     stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     padding=st.one_of(st.integers(0, 3), st.tuples(*[st.integers(0, 3)] * 4), st.sampled_from(["valid"])),

@@ -238,7 +238,7 @@ def in_relax(kind: str, emit: Any, y: Any, c: Any, r: Any) -> Any:
     raise ValueError(kind)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     kinds=st.lists(st.sampled_from((*CHAIN, "residual")), min_size=1, max_size=7),
     shape=st.sampled_from([(), (2,), (3, 2)]),

@@ -224,7 +224,7 @@ def spelled(kind: str, emit: Any, x: Any, w: np.ndarray) -> Any:
     raise ValueError(kind)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     kinds=st.lists(st.sampled_from(SPELLINGS), min_size=1, max_size=4),
     widths=st.lists(st.integers(1, 9), min_size=5, max_size=5),

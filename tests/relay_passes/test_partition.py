@@ -56,7 +56,7 @@ def graphs(draw: Any) -> list[Node]:
     return nodes
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(nodes=graphs())
 def test_every_value_is_made_before_it_is_read(nodes: list[Node]) -> None:
     order = partition(nodes, [nodes[-1].var])

@@ -108,7 +108,7 @@ def factorisation(draw: Any, total: int) -> list[int]:
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_any_chain_of_reshapes_and_permutations_finds_its_elements(data: Any) -> None:
     x = np.arange(48.0)
     steps: list[tuple[str, list[int]]] = []

@@ -108,7 +108,7 @@ sizes = st.sampled_from([1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 32, 33, 65])
 
 
 @given(st.integers(1, 3), st.integers(1, 3), sizes, sizes, sizes, sizes)
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 def test_any_size_is_right_and_stays_in_its_buffers(
     batch: int, heads: int, queries: int, keys: int, depth: int, width: int
 ) -> None:

@@ -63,7 +63,7 @@ def test_every_class_of_machine_computes_the_same(name: str, machine: str) -> No
         assert_same(func, target_for(machine))
 
 
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(rows=st.integers(1, 20), length=st.integers(1, 300))
 def test_softmax_of_any_length_adds_up_to_one(rows: int, length: int) -> None:
     (func,) = functions_of(CASES["softmax"][0], ((rows, length), F32))

@@ -38,7 +38,7 @@ def check(func: Any, extent: int) -> None:
     np.testing.assert_array_equal(y, 2 * x)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(extent=st.integers(1, 200), factor=st.sampled_from([4, 8, 16, 64]))
 def test_every_element_is_written_once_whatever_the_tile(extent: int, factor: int) -> None:
     func = in_vectors(extent, factor)

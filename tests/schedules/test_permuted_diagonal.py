@@ -96,7 +96,7 @@ def test_numbers_that_lie_in_the_padding_do_not_count():
 # -- separable shifts -----------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(2, 9), st.integers(0, 10**6), st.floats(0, 0.9))
 def test_separable_shifts_are_found_behind_blocks_of_zeros(rows, columns, p, seed, zeros):
     rng = np.random.default_rng(seed)

@@ -75,7 +75,7 @@ def test_infinities_zeros_and_nan_go_where_libm_sends_them(name: str) -> None:
     np.testing.assert_allclose(evaluate(name, SPECIAL), exact(name, SPECIAL), TOLERANCE, TINY)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(value=st.floats(width=32))
 def test_any_float_is_as_exact(value: float) -> None:
     for name in FUNCTIONS:

@@ -30,7 +30,7 @@ def best_circulant(layer, moments, member):
     return BlockCirculant(member.shape, member.taps, solution.reshape(member.c.shape))
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.integers(2, 13), st.integers(1, 9), st.sampled_from([1, 3]), st.integers(2, 7), st.integers(0, 9))
 def test_no_block_circulant_matrix_is_nearer_in_the_outputs(out, width, taps, n, seed):
     layer, moments = problem(out, width * taps, seed)
@@ -41,7 +41,7 @@ def test_no_block_circulant_matrix_is_nearer_in_the_outputs(out, width, taps, n,
     assert refitted.output_error(layer, moments) == pytest.approx(best, rel=1e-6, abs=1e-9)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.integers(2, 14), st.integers(2, 14), st.integers(1, 6), st.integers(0, 9))
 def test_low_rank_leaves_out_the_smallest_outputs(out, inner, rank, seed):
     rank = min(rank, out, inner)

@@ -16,7 +16,7 @@ from tvm_structured.structures import STRUCTURES, Budget, Conv2d, as_layer
 from tvm_structured.structures.block_circulant import BlockCirculant
 from tvm_structured.structures.circulant_pattern import Blocks
 
-few = settings(deadline=None, max_examples=25)
+few = settings(max_examples=25)
 shapes = st.tuples(st.integers(1, 40), st.integers(1, 40))
 blocks = st.integers(2, 45)
 

@@ -215,7 +215,7 @@ def test_projection_answers_none_to_a_budget_nobody_can_reach(family):
 
 
 @FAMILIES
-@settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_any_shape_projects_to_a_member_of_that_shape(family, data):
     convolution = works_on_images(family) or data.draw(st.booleans())

@@ -17,7 +17,7 @@ from tvm_structured.structures.spatial_low_rank import SpatialLowRank
 from tvm_structured.structures.tucker import Tucker
 from tvm_structured.structures.variational_rank import variational_rank
 
-few = settings(deadline=None, max_examples=20)
+few = settings(max_examples=20)
 kernels = st.sampled_from([(3, 3), (1, 3), (5, 1), (2, 4)])
 
 

@@ -16,7 +16,7 @@ from tvm_structured.structures import Budget, as_layer
 from tvm_structured.structures.cp import CP
 from tvm_structured.structures.cp_fit import distance, fit, integer_columns, khatri_rao, start
 
-few = settings(deadline=None, max_examples=15)
+few = settings(max_examples=15)
 
 
 def planted(shape: tuple[int, ...], rank: int, seed: int = 0, integers: bool = False) -> np.ndarray:

@@ -28,7 +28,7 @@ from tvm_structured.structures.debut_chain import (
 from tvm_structured.structures.debut_fit import outer_products
 from tvm_structured.structures.debut_lattice import smallest_path, splits_of
 
-few = settings(deadline=None, max_examples=25)
+few = settings(max_examples=25)
 radices = st.integers(1, 4).flatmap(
     lambda n: st.tuples(*[st.lists(st.integers(1, 4), min_size=n, max_size=n).map(tuple)] * 2, st.integers(1, 3))
 )

@@ -15,7 +15,7 @@ from tvm_structured.structures import STRUCTURES, Budget, Conv2d, Dense, as_laye
 from tvm_structured.structures.low_rank import LowRank, affordable_rank, largest_useful_rank
 from tvm_structured.structures.truncated_svd import DIRECT, energy, exceeds_rank, leading_svd, left_factor, tails_of
 
-few = settings(deadline=None, max_examples=25)
+few = settings(max_examples=25)
 shapes = st.tuples(st.integers(1, 40), st.integers(1, 40))
 
 

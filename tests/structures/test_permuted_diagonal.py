@@ -52,7 +52,7 @@ def test_operations_are_two_for_every_diagonal_entry():
     assert member.flops(7) == 7 * 2 * 120
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(1, 40), st.integers(1, 30), st.sampled_from([1, 4, 9]), st.integers(2, 12), st.integers(0, 9))
 def test_best_shift_beats_every_other_shift(out, width, taps, p, seed):
     """Brute force over all shifts of all blocks is never nearer."""
@@ -131,7 +131,7 @@ def test_projection_hits_any_fraction(fraction, p):
     assert member.num_params <= fraction * layer.num_params
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 999), fraction=st.floats(0.05, 1), limit=st.floats(0.05, 1))
 def test_search_finds_what_trying_every_block_finds(seed, fraction, limit):
     """The bounds that skip block lengths skip no answer: against the plain loop of the base class."""
@@ -224,7 +224,7 @@ def in_torch(member, dtype=torch.float64, requires_grad=False):
 
 
 @pytest.mark.usefixtures("sparse")
-@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 20), st.integers(1, 15), st.sampled_from([1, 3]), st.integers(2, 9), st.integers(0, 5))
 def test_sparse_products_follow_the_definition(out, width, taps, p, rows):
     member = random_member(out, width * taps, p, taps)

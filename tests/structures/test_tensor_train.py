@@ -20,7 +20,7 @@ from tvm_structured.structures.factorisation import balanced_modes, divisors, fa
 from tvm_structured.structures.tensor_train import TensorTrain
 from tvm_structured.structures.tt_order import cheapest_order, first_core_first, last_core_first
 
-few = settings(deadline=None, max_examples=25)
+few = settings(max_examples=25)
 mode_lists = st.integers(1, 4).flatmap(
     lambda d: st.tuples(*[st.lists(st.integers(1, 4), min_size=d, max_size=d).map(tuple)] * 2)
 )

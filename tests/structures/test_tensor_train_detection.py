@@ -14,7 +14,7 @@ from structure_samples import random_train
 from tvm_structured.structures import STRUCTURES, Budget, Conv2d, Dense
 from tvm_structured.structures.tensor_train import TensorTrain
 
-few = settings(deadline=None, max_examples=25)
+few = settings(max_examples=25)
 cut_lists = st.integers(2, 4).flatmap(
     lambda d: st.tuples(*[st.lists(st.integers(2, 5), min_size=d, max_size=d).map(tuple)] * 2)
 )

@@ -16,7 +16,7 @@ from tvm_structured.structures import as_layer
 from tvm_structured.structures.displacement import displaced, displacement_rank, displacement_scan, shift_signs
 from tvm_structured.structures.toeplitz_like import ToeplitzLike
 
-few = settings(deadline=None, max_examples=25)
+few = settings(max_examples=25)
 RNG = np.random.default_rng(0)
 
 

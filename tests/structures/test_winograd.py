@@ -64,7 +64,7 @@ def test_transforms_of_data_are_exact_in_float32(tile, kernel):
 # -- the convolution -------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     variant=st.sampled_from(VARIANTS),
     batch=st.integers(1, 3),

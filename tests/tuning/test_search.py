@@ -34,7 +34,7 @@ def run(space: list[dict[str, Any]], trials: int, seed: int) -> list[int]:
     return list(times)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(count=st.integers(1, 60), trials=st.integers(1, 70), seed=st.integers(0, 5))
 def test_every_configuration_is_tried_once_and_the_hand_schedule_first(count: int, trials: int, seed: int) -> None:
     order = run(space_of(count), trials, seed)

@@ -32,7 +32,7 @@ def instructions(draw: st.DrawFn) -> tuple[VTAConfig, Instruction]:
 
 
 @given(instructions())
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_encoding_and_listing_round_trip(case: tuple[VTAConfig, Instruction]) -> None:
     config, instruction = case
     words = instruction.encode(config)
@@ -41,14 +41,14 @@ def test_encoding_and_listing_round_trip(case: tuple[VTAConfig, Instruction]) ->
 
 
 @given(st.lists(st.tuples(*[st.integers(0, 2**64 - 1)] * 2), max_size=5), st.sampled_from(CONFIGS))
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_any_128_bits_survive_the_listing(pairs: list[tuple[int, int]], config: VTAConfig) -> None:
     words = np.array(pairs, np.uint64).reshape(-1, 2)
     np.testing.assert_array_equal(assemble(config, disassemble(config, words)), words)
 
 
 @given(st.sampled_from(CONFIGS), st.randoms())
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_micro_ops_round_trip(config: VTAConfig, random: object) -> None:
     indices = [[random.randrange(1 << width) for _ in range(4)] for width in config.uop_widths]  # type: ignore[attr-defined]
     for found, expected in zip(decode_uops(config, encode_uops(config, *indices)), indices, strict=True):

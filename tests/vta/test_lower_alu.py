@@ -25,7 +25,7 @@ def run(operator: Int8Add | Int8MaxPool | Int8AvgPool | Int8Rescale, config: VTA
     np.testing.assert_array_equal(lowered.run(*inputs), operator.reference(*inputs))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     names, seeds, st.booleans(), pairs, pairs, st.tuples(*[st.integers(0, 3)] * 4), st.integers(4, 12),
     st.integers(4, 12), st.integers(1, 40), st.integers(1, 2),
@@ -49,7 +49,7 @@ def test_windows_larger_than_the_accumulator(config: VTAConfig) -> None:
         check(operator, [(1, 5, 50, 49)], config, rng)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(names, seeds, scales, scales, st.integers(-128, 0), st.integers(0, 127), st.integers(1, 2))
 def test_sums_and_scales(config: str, seed: int, a: Scale, b: Scale, low: int, high: int, threads: int) -> None:
     rng = np.random.default_rng(seed)

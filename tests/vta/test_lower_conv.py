@@ -37,7 +37,7 @@ def shapes(layer: Int8Conv2d, x: tuple[int, ...]) -> list[tuple[int, ...]]:
     return [x] + [plain.output_shape(x)] * (layer.num_inputs - 1)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     names, seeds, st.integers(1, 3), st.sampled_from([(1, 40, 24), (1, 3, 17), (4, 3, 5), (20, 1, 1), (2, 17, 9)]),
     pairs, pairs, st.tuples(*[st.integers(0, 3)] * 4), st.integers(3, 11), st.integers(3, 11), st.integers(1, 2),
@@ -52,7 +52,7 @@ def test_convolutions_of_any_shape(
     check(layer, shapes(layer, (n, inner * groups, height, width)), CONFIGS[config], rng, threads=threads)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     names, seeds, st.integers(1, 2), st.sampled_from([(1, 40, 24), (1, 3, 17), (4, 3, 5), (20, 1, 1), (2, 17, 9)]),
     pairs, pairs, st.integers(0, 2), st.integers(0, 2), st.integers(1, 8), st.integers(1, 8), st.integers(1, 2),

@@ -19,7 +19,7 @@ def dense(rng: np.random.Generator, inner: int, out: int) -> Int8Dense:
     return Int8Dense(int8(rng, out, inner), bias(rng, out), requantize(rng, out), residual(rng), "fc")
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(harness.names, harness.seeds, st.integers(1, 9), st.integers(1, 150), st.integers(1, 90), st.integers(1, 2))
 def test_dense_layers_of_any_shape(config: str, seed: int, n: int, inner: int, out: int, threads: int) -> None:
     rng = np.random.default_rng(seed)

@@ -36,7 +36,7 @@ def block_diagonal(
     )  # fmt: skip
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(names, seeds, st.integers(1, 3), st.integers(1, 9), st.integers(1, 20), st.integers(1, 20))
 def test_block_diagonal_factors(config: str, seed: int, n: int, groups: int, inner: int, out: int) -> None:
     rng = np.random.default_rng(seed)
@@ -45,7 +45,7 @@ def test_block_diagonal_factors(config: str, seed: int, n: int, groups: int, inn
     check(layer, shapes, CONFIGS[config], rng)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(names, seeds, st.integers(1, 3), st.integers(1, 2))
 def test_chains(config: str, seed: int, n: int, threads: int) -> None:
     rng = np.random.default_rng(seed)

@@ -68,7 +68,7 @@ geometry = st.tuples(
 )
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(geometry, st.integers(3, 9), st.integers(3, 9))
 def test_conv2d_is_that_of_torch(g: tuple[int, ...], height: int, width: int) -> None:
     kh, kw, sh, sw, pad, groups = g
@@ -80,7 +80,7 @@ def test_conv2d_is_that_of_torch(g: tuple[int, ...], height: int, width: int) ->
     np.testing.assert_array_equal(layer.reference(x), finished(acc, layer.requantize))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(geometry, st.integers(3, 7), st.integers(3, 7), st.integers(0, 2))
 def test_conv2d_transpose_is_that_of_torch(g: tuple[int, ...], height: int, width: int, more: int) -> None:
     kh, kw, sh, sw, pad, groups = g

@@ -17,7 +17,7 @@ from tvm_structured.vta.region import DramPlan, Region, Step
 CONFIG = VTAConfig()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(sizes=st.lists(st.integers(0, 30000), min_size=1, max_size=30), order=st.randoms(use_true_random=False))
 def test_memory_in_use_never_overlaps(sizes: list[int], order: object) -> None:
     plan = DramPlan(CONFIG, 8192)

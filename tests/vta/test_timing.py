@@ -67,7 +67,7 @@ def test_a_queue_that_is_too_short_is_a_deadlock() -> None:
         cycles(text, TimingModel(queue=2))
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(1, 6), st.integers(1, 200), st.integers(1, 200), st.integers(1, 2))
 def test_no_program_beats_its_parts(n: int, inner: int, out: int, threads: int) -> None:
     """No less than each module's own time, or the bytes through the port; no more than all one after the other."""
