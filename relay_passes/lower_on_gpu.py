@@ -9,22 +9,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 from tvm import relax, te, tirx
 
 from tvm_structured.errors import KernelNotFoundError
-from tvm_structured.relay_passes.lower_structured import bindable, flatten, product
-from tvm_structured.schedules.base import Epilogue
+from tvm_structured.relay_passes.lower_structured import (
+    Configure,
+    Emit,
+    emit_kernel,
+    lower_rows,
+    product,
+    shapes_of_images,
+    shapes_of_rows,
+)
 from tvm_structured.schedules.cuda import CUDA_KERNELS
 from tvm_structured.schedules.cuda.dense import MOST_ROWS
 from tvm_structured.schedules.cuda.epilogue import finished
 from tvm_structured.schedules.cuda.functions import numpy_type
 from tvm_structured.schedules.gpu import Gpu, GpuSite
 from tvm_structured.structures import Conv2d, Structure
-
-Configure = Callable[[Any, Structure, Any], Any]
 
 
 def lower_on_gpu(builder: Any, call: Any, y_shape: Any, gpu: Gpu, configure: Configure) -> Any:
@@ -35,15 +41,16 @@ def lower_on_gpu(builder: Any, call: Any, y_shape: Any, gpu: Gpu, configure: Con
     if call.op not in CUDA_KERNELS:
         call = as_dense(call)
     has_kernel = call.op in CUDA_KERNELS
+    emit = partial(emit_kernel, builder, partial(kernel_and_gpu_site, gpu=gpu), configure)
     if call.conv is None:
         rows = product(static_shape(call.x)[:-1])
         has_kernel = has_kernel and not (call.op == "dense" and isinstance(rows, int) and rows > MOST_ROWS)
-        return lower_rows(builder, call, y_shape, emit_kernel if has_kernel else emit_product, gpu, configure)
+        return lower_rows(builder, call, y_shape, emit if has_kernel else partial(emit_product, builder, gpu))
     if not has_kernel:
         return emit_convolution(builder, call, gpu)
     if CUDA_KERNELS[call.op].takes_images:
-        return emit_kernel(builder, call, call.x, call.operands, call.images()[1], gpu, configure)
-    return lower_on_patches(builder, call, gpu, configure)
+        return emit(call, call.x, call.operands, call.images()[1])
+    return lower_on_patches(builder, call, gpu, emit)
 
 
 def with_float32_operands(call: Any) -> Any:
@@ -83,57 +90,22 @@ def weight_of(call: Any) -> Any:
     return relax.const(value.astype(numpy_type(dtype)), dtype)
 
 
-# -- rows ------------------------------------------------------------------------------------------------
-
-
-def lower_rows(builder: Any, call: Any, y_shape: Any, emit: Any, gpu: Gpu, configure: Configure) -> Any:
-    """Leading dimensions become rows; a residual is flattened with them."""
-    from tvm_structured.dialect import static_shape
-
-    x_shape = static_shape(call.x)
-    rows = product(x_shape[:-1])
-    x = flatten(builder, call.x, rows, x_shape)
-    operands = [
-        flatten(builder, value, rows, y_shape) if name == "residual" else value
-        for name, value in zip(call.epilogue.operands, call.operands, strict=True)
-    ]
-    y = emit(builder, call, x, operands, (rows, y_shape[-1]), gpu, configure)
-    return y if len(y_shape) == 2 else relax.op.reshape(builder.emit(y), y_shape)
-
-
-def emit_kernel(builder: Any, call: Any, x: Any, operands: Any, y_shape: Any, gpu: Gpu, configure: Configure) -> Any:
-    """One call_tir of a CUDA kernel."""
-    kernel, structure, site = kernel_and_gpu_site(call, gpu)
-    config = configure(kernel, structure, site)
-    packed = [relax.const(array) for array in kernel.pack(structure, site, config).values()]
-    func = builder.add_func(kernel.prim_func(structure, site, config), kernel.name)
-    return relax.call_tir(func, [x, *packed, *operands], relax.TensorType(y_shape, site.dtype))
-
-
 def kernel_and_gpu_site(call: Any, gpu: Gpu) -> tuple[Any, Structure, GpuSite]:
     """The kernel that a structured operator runs on, and where: of a matrix on a convolution that of its patches."""
-    from tvm_structured.dialect import matrix_shape, static_shape
-
     kernel = CUDA_KERNELS.get(call.op)
     if kernel is None:
         raise KernelNotFoundError(f"{call.layer}: there is no CUDA kernel for {call.op!r}; leave the layer dense")
     dtype = str(call.x.ty.dtype)
     if call.conv is not None and kernel.takes_images:
-        x, y = call.images()
-        leading = bindable(x[0])
-        site = GpuSite((leading, *x[1:]), (leading, *y[1:]), gpu, call.epilogue, call.conv, dtype)
-        return kernel, call.to_structure(), site
-    out, inner = matrix_shape(call)
-    if call.conv is None:
-        rows, epilogue = product(static_shape(call.x)[:-1]), call.epilogue
-    else:
-        batch, _, height, width = call.images()[1]
-        rows, epilogue = batch * (height * width), Epilogue()  # which is left to the step behind the product
-    rows = bindable(rows)
-    return kernel, call.to_structure(), GpuSite((rows, inner), (rows, out), gpu, epilogue, dtype=dtype)
+        return kernel, call.to_structure(), GpuSite(*shapes_of_images(call), gpu, call.epilogue, call.conv, dtype)
+    x_shape, y_shape, epilogue = shapes_of_rows(call)
+    return kernel, call.to_structure(), GpuSite(x_shape, y_shape, gpu, epilogue, dtype=dtype)
 
 
-def emit_product(builder: Any, call: Any, x: Any, operands: Any, y_shape: Any, gpu: Gpu, _: Configure) -> Any:
+# -- rows ------------------------------------------------------------------------------------------------
+
+
+def emit_product(builder: Any, gpu: Gpu, call: Any, x: Any, operands: Any, y_shape: Any) -> Any:
     """act(scale * x W^T + bias + residual) as loops, W as it is stored: (out, in)."""
     dtype, names = str(x.ty.dtype), call.epilogue.operands
 
@@ -179,7 +151,7 @@ def patch_of(x: Any, call: Any) -> Callable[[Any, Any], Any]:
     return element
 
 
-def lower_on_patches(builder: Any, call: Any, gpu: Gpu, configure: Configure) -> Any:
+def lower_on_patches(builder: Any, call: Any, gpu: Gpu, emit: Emit) -> Any:
     """Convolution by a matrix structure: image -> patches -> the structure's kernel -> image, with the epilogue."""
     from tvm_structured.dialect import matrix_shape
 
@@ -207,7 +179,7 @@ def lower_on_patches(builder: Any, call: Any, gpu: Gpu, configure: Configure) ->
 
     x_rows = builder.emit_te(patches, call.x, primfunc_name_hint="patches")
     rows = y_shape[0] * pixels
-    y_rows = builder.emit(emit_kernel(builder, call, x_rows, (), (rows, out), gpu, configure))
+    y_rows = builder.emit(emit(call, x_rows, (), (rows, out)))
     return builder.call_te(image, y_rows, *call.operands, primfunc_name_hint="rows_to_image")
 
 

@@ -7,6 +7,7 @@ A matrix structure on a convolution runs its dense kernel on patches (im2col, ch
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from tvm import relax, tirx
@@ -20,7 +21,9 @@ from tvm_structured.schedules.images import ImageShape
 from tvm_structured.schedules.patches import patches_func, rows_to_image_func
 from tvm_structured.structures import Structure
 
-Configure = Callable[[Kernel, Structure, Site], Config]
+Configure = Callable[[Any, Structure, Any], Config]  # of a kernel, structure and site
+Place = Callable[[Any], tuple[Any, Structure, Any]]  # a call's kernel, structure and site, see `kernel_and_site`
+Emit = Callable[[Any, Any, Any, Any], Any]  # a call, its x and operands as the kernel takes them, the shape of y
 
 
 def default_config(kernel: Kernel, structure: Structure, site: Site) -> Config:
@@ -47,15 +50,16 @@ def legalize_with(configure: Configure) -> Callable[[Any, Any], Any]:
 
             return lower_on_gpu(builder, unpacked, static_shape(call), Gpu.of(target), configure)
         cpu = current_cpu()
+        emit = partial(emit_kernel, builder, partial(kernel_and_site, cpu=cpu), configure)
         if unpacked.conv is None:
-            return lower_dense(builder, unpacked, static_shape(unpacked.x), static_shape(call), cpu, configure)
+            return lower_rows(builder, unpacked, static_shape(call), emit)
         if unpacked.conv.groups != 1 and not unpacked.is_canonical:
             raise KernelNotFoundError(
                 f"{unpacked.layer}: {unpacked.op} has no kernel for {unpacked.conv.groups} groups; leave it dense"
             )
         if unpacked.op in KERNELS and KERNELS[unpacked.op].takes_images:
-            return emit_kernel(builder, unpacked, unpacked.x, unpacked.operands, unpacked.images()[1], cpu, configure)
-        return lower_on_patches(builder, unpacked, static_shape(call), cpu, configure)
+            return emit(unpacked, unpacked.x, unpacked.operands, unpacked.images()[1])
+        return lower_on_patches(builder, unpacked, static_shape(call), cpu, emit)
 
     return legalize_call
 
@@ -68,15 +72,18 @@ def current_cpu() -> Cpu:
     return Cpu.of(target)
 
 
-def lower_dense(builder: Any, call: Any, x_shape: Any, y_shape: Any, cpu: Cpu, configure: Configure) -> Any:
-    """Leading dimensions become rows; a residual is flattened with them."""
+def lower_rows(builder: Any, call: Any, y_shape: Any, emit: Emit) -> Any:
+    """A dense layer: leading dimensions become rows; a residual is flattened with them."""
+    from tvm_structured.dialect import static_shape
+
+    x_shape = static_shape(call.x)
     rows = product(x_shape[:-1])
     x = flatten(builder, call.x, rows, x_shape)
     operands = [
         flatten(builder, value, rows, y_shape) if name == "residual" else value
         for name, value in zip(call.epilogue.operands, call.operands, strict=True)
     ]
-    y = emit_kernel(builder, call, x, operands, (rows, y_shape[-1]), cpu, configure)
+    y = emit(call, x, operands, (rows, y_shape[-1]))
     return y if len(y_shape) == 2 else relax.op.reshape(builder.emit(y), y_shape)
 
 
@@ -93,39 +100,52 @@ def product(extents: Any) -> Any:
     return total
 
 
-def emit_kernel(builder: Any, call: Any, x: Any, operands: Any, y_shape: Any, cpu: Cpu, configure: Configure) -> Any:
+def emit_kernel(
+    builder: Any, place: Place, configure: Configure, call: Any, x: Any, operands: Any, y_shape: Any
+) -> Any:
     """One call_tir of the structure's kernel. `y_shape` is that of the output as rows, or as NCHW."""
-    kernel, structure, site = kernel_and_site(call, cpu)
+    kernel, structure, site = place(call)
     config = configure(kernel, structure, site)
     packed = [relax.const(array) for array in kernel.pack(structure, site, config).values()]
     func = builder.add_func(kernel.prim_func(structure, site, config), kernel.name)
     stored = (y_shape[0], *site.stored_y[1:])
-    return relax.call_tir(func, [x, *packed, *operands], relax.TensorType(stored, "float32"))
+    return relax.call_tir(func, [x, *packed, *operands], relax.TensorType(stored, site.dtype))
 
 
 def kernel_and_site(call: Any, cpu: Cpu) -> tuple[Kernel, Structure, Site]:
     """The kernel that a structured operator runs on, and where: of a matrix on a convolution that of its patches."""
-    from tvm_structured.dialect import matrix_shape, static_shape
-
     kernel = KERNELS.get(call.op)
     if kernel is None:
         raise KernelNotFoundError(f"{call.layer}: no kernel is registered for {call.op!r}; add it to schedules.KERNELS")
     if call.conv is not None and kernel.takes_images:
-        x, y = call.images()
-        leading, blocked = bindable(x[0]), (call.has_blocks, bool(call.out_block))
-        return (
-            kernel,
-            call.to_structure(),
-            Site((leading, *x[1:]), (leading, *y[1:]), cpu, call.epilogue, call.conv, *blocked),
-        )
+        blocked = (call.has_blocks, bool(call.out_block))
+        return kernel, call.to_structure(), Site(*shapes_of_images(call), cpu, call.epilogue, call.conv, *blocked)
+    x_shape, y_shape, epilogue = shapes_of_rows(call)
+    return kernel, call.to_structure(), Site(x_shape, y_shape, cpu, epilogue)
+
+
+def shapes_of_images(call: Any) -> tuple[Any, Any]:
+    """Input and output of a convolution, with a batch that a PrimFunc may declare."""
+    x, y = call.images()
+    batch = bindable(x[0])
+    return (batch, *x[1:]), (batch, *y[1:])
+
+
+def shapes_of_rows(call: Any) -> tuple[Any, Any, Epilogue]:
+    """(rows, in) and (rows, out) of a matrix structure, and the epilogue of its kernel.
+
+    The rows of a convolution are its patches; its epilogue is left to the step behind the product.
+    """
+    from tvm_structured.dialect import matrix_shape, static_shape
+
     out, inner = matrix_shape(call)
     if call.conv is None:
         rows, epilogue = product(static_shape(call.x)[:-1]), call.epilogue
     else:
         batch, _, height, width = call.images()[1]
-        rows, epilogue = batch * (height * width), Epilogue()  # which is left to the step behind the product
+        rows, epilogue = batch * (height * width), Epilogue()
     rows = bindable(rows)
-    return kernel, call.to_structure(), Site((rows, inner), (rows, out), cpu, epilogue)
+    return (rows, inner), (rows, out), epilogue
 
 
 def bindable(extent: Any) -> Any:
@@ -133,19 +153,18 @@ def bindable(extent: Any) -> Any:
     return extent if isinstance(extent, (int, tirx.Var)) else tirx.Var("rows", "int64")
 
 
-def lower_on_patches(builder: Any, call: Any, stored_y: Any, cpu: Cpu, configure: Configure) -> Any:
+def lower_on_patches(builder: Any, call: Any, stored_y: Any, cpu: Cpu, emit: Emit) -> Any:
     """Convolution by a matrix structure: patches (batch * oh * ow, kh * kw * in) times the matrix.
 
     image -> rows -> the structure's kernel -> image; the epilogue belongs to the last step, which touches every
     output anyway, so that a residual needs no conversion.
     """
-    x_shape, y_shape = call.images()
-    batch = bindable(x_shape[0])
-    shape = ImageShape.of(Site((batch, *x_shape[1:]), (batch, *y_shape[1:]), cpu, call.epilogue, call.conv))
-    rows = x_shape[0] * (shape.output[0] * shape.output[1])
+    x_shape, y_shape = shapes_of_images(call)
+    shape = ImageShape.of(Site(x_shape, y_shape, cpu, call.epilogue, call.conv))
+    rows = call.images()[0][0] * (shape.output[0] * shape.output[1])
     to_rows = builder.add_func((block_patches_func if call.has_blocks else patches_func)(shape, cpu), "patches")
     patches = builder.emit(relax.call_tir(to_rows, [call.x], relax.TensorType((rows, shape.depth), "float32")))
-    y_rows = builder.emit(emit_kernel(builder, call, patches, (), (rows, shape.outs), cpu, configure))
+    y_rows = builder.emit(emit(call, patches, (), (rows, shape.outs)))
     from_rows = rows_to_blocks_func if call.out_block else rows_to_image_func
-    to_image = builder.add_func(from_rows((batch, *y_shape[1:]), call.epilogue, cpu), "rows_to_image")
+    to_image = builder.add_func(from_rows(y_shape, call.epilogue, cpu), "rows_to_image")
     return relax.call_tir(to_image, [y_rows, *call.operands], relax.TensorType(stored_y, "float32"))

@@ -55,8 +55,10 @@ class Site:
 
     Dense: x is (rows, in), y is (rows, out); `rows` may be symbolic.
     Convolution: x is (batch, in, h, w), y is (batch, out, oh, ow); only the batch may be symbolic. Either may be stored
-    in blocks of `cpu.lanes` channels, see `blocked_shape`.
+    in blocks of `cpu.lanes` channels, see `blocked_shape`. All are float32.
     """
+
+    dtype: ClassVar[str] = "float32"
 
     x_shape: tuple[Extent, ...]
     y_shape: tuple[Extent, ...]

@@ -84,3 +84,8 @@ class GpuSite:
     @property
     def rows(self) -> Extent:
         return self.x_shape[0]
+
+    @property
+    def stored_y(self) -> tuple[Extent, ...]:
+        """The shape of y in memory: on a GPU nothing is in blocks of channels."""
+        return self.y_shape
