@@ -71,6 +71,23 @@ def test_numpy_goes_in_and_comes_out() -> None:
     assert isinstance(y, np.ndarray) and relative(y, expected) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_structure_that_a_half_precision_weight_was_rounded_from_is_found(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4096, 2048), torch.nn.ReLU(), torch.nn.Linear(2048, 40)).eval()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.randn(2048, 8) @ torch.randn(8, 4096) / 160)
+    model, x = model.to(dtype), torch.randn(3, 4096).to(dtype)
+    compiled = ts.compile(model, inputs=(x,), target=TARGET, measure=False)
+    first, last = compiled.report().rows
+    assert (first.structure, last.structure) == ("low_rank", "dense")
+    assert 1e-5 < first.error < torch.finfo(dtype).eps / 2
+    assert f"within the rounding of {str(dtype).removeprefix('torch.')}" in first.reason
+    with torch.no_grad():
+        expected = model.double()(x.double())
+    assert relative(compiled.emulate(x), expected) < TOLERANCE[dtype]
+
+
 @no_gpu
 def test_without_a_gpu_calls_and_files_say_so(tmp_path: Path) -> None:
     _, x, _, compiled = example(torch.float32)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tvm_structured import structures
-from tvm_structured.guard import TOLERANCE, digest
+from tvm_structured.guard import digest
 from tvm_structured.line_store import LineStore, cache_directory
 from tvm_structured.structures import Layer
 
@@ -32,9 +32,9 @@ class DetectionStore(LineStore):
 
 
 def layer_key(layer: Layer) -> str:
-    """A digest of the weight, the geometry, the tolerance and the sources of all detectors."""
+    """A digest of the weight, the type it is stored in, the geometry and the sources of all detectors."""
     geometry = {f.name: repr(getattr(layer, f.name)) for f in fields(layer) if f.name not in ("name", "weight")}
-    described = (type(layer).__name__, layer.weight.shape, digest(layer.weight), geometry, TOLERANCE, sources())
+    described = (type(layer).__name__, layer.weight.shape, digest(layer.weight), geometry, sources())
     return hashlib.sha256(repr(described).encode()).hexdigest()[:32]
 
 

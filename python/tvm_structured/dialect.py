@@ -153,14 +153,15 @@ class LayerCall:
         weight = constant(self.factors[0])
         if weight is None:
             raise ModelError(f"{self.layer}: the weight is not a constant; bind the model's parameters first")
+        stored = ""
         if weight.dtype.itemsize < 4:  # the mathematics is done in float32, also of weights that are stored in half
-            weight = weight.astype(np.float32)
+            stored, weight = weight.dtype.name, weight.astype(np.float32)
         if self.conv is None:
-            return Dense(self.layer, weight)
+            return Dense(self.layer, weight, stored=stored)
         shape = static_shape(self.x)
         hw = shape[2:4] if shape and all(isinstance(v, int) for v in shape[2:4]) else None
         c = self.conv
-        return Conv2d(self.layer, weight, c.stride, c.padding, c.dilation, c.groups, hw)
+        return Conv2d(self.layer, weight, c.stride, c.padding, c.dilation, c.groups, hw, stored=stored)
 
     def to_structure(self) -> Structure:
         """The structure whose factors the call holds; `Unstructured` for a canonical call."""

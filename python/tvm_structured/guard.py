@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from tvm_structured.structures import STRUCTURES, Budget, Layer, Structure, Unstructured
+from tvm_structured.structures.layer import EXACT
 
-TOLERANCE = 1e-5  # relative Frobenius error up to which a weight counts as a member
 SLACK = 1e-6  # seconds; below, timings are noise, and a form with fewer numbers is kept
 
 
@@ -50,7 +50,7 @@ class Candidates:
     near: tuple[Structure, ...]
     algorithms: tuple[Structure, ...]
     nothing: str  # what to say where no candidate is taken
-    held: str = "the weight has this structure"  # what to say of the exact ones
+    held: str  # what to say of the exact ones
     kept: str = "kept dense"
 
     def all(self) -> tuple[Structure, ...]:
@@ -88,13 +88,16 @@ def candidates(layer: Layer, budget: Budget | None, memory: Memory | None = None
         layer, (m for f in families if f.is_lossless and f.takes(layer) for m in every_size(f, layer))
     )
     nothing = "no structure found" if budget is None else "no structure within the budget"
-    return Candidates(exact, near, algorithms, nothing)
+    held = "the weight has this structure"
+    if layer.tolerance > EXACT:
+        held += f" within the rounding of {layer.stored or layer.weight.dtype}"
+    return Candidates(exact, near, algorithms, nothing, held)
 
 
 def detect_all(layer: Layer, memory: Memory | None) -> list[Structure]:
     """The member of every family that the weight is one of; families that are known to be absent are left out."""
     known = frozenset() if memory is None else memory.absent(layer)
-    found = {name: family.detect(layer, TOLERANCE) for name, family in STRUCTURES.items() if name not in known}
+    found = {name: family.detect(layer, layer.tolerance) for name, family in STRUCTURES.items() if name not in known}
     absent = known | {name for name, member in found.items() if member is None}
     if memory is not None and absent != known:
         memory.remember(layer, absent)
@@ -103,7 +106,7 @@ def detect_all(layer: Layer, memory: Memory | None) -> list[Structure]:
 
 def every_size(family: type[Structure], layer: Layer) -> Iterator[Structure]:
     """The detected member first: where nothing is measured, the first is taken."""
-    first = family.detect(layer, TOLERANCE)
+    first = family.detect(layer, layer.tolerance)
     if first is None:
         return
     yield first

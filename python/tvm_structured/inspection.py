@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tvm_structured.guard import TOLERANCE
 from tvm_structured.progress import track
 from tvm_structured.structures import STRUCTURES, Budget, Layer, Structure, as_layer
 from tvm_structured.structures.displacement import Displacement, displacement_scan
@@ -110,7 +109,7 @@ def given(name: str, structure: Structure) -> Finding:
 
 def look_at(layer: Layer, max_params: float) -> Finding:
     """Detection by every family, then the nearest member of each."""
-    detected = [family.detect(layer, TOLERANCE) for family in STRUCTURES.values()]
+    detected = [family.detect(layer, layer.tolerance) for family in STRUCTURES.values()]
     found = min((m for m in detected if m is not None and not m.is_lossless), key=lambda m: m.num_params, default=None)
     near = []
     for family in STRUCTURES.values():
@@ -118,5 +117,5 @@ def look_at(layer: Layer, max_params: float) -> Finding:
         if member is not None:
             share = member.num_params / layer.num_params
             near.append(Nearness(member.name, member.describe(), share, member.error(layer)))
-    kind, displacement = type(layer).__name__.lower(), displacement_scan(layer.matrix, TOLERANCE)
+    kind, displacement = type(layer).__name__.lower(), displacement_scan(layer.matrix, layer.tolerance)
     return Finding(layer.name, kind, tuple(layer.weight.shape), found, tuple(near), displacement)

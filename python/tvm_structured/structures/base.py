@@ -22,7 +22,7 @@ from typing_extensions import Self
 from tvm_structured.errors import BudgetError
 from tvm_structured.structures.activation_fit import checked_moments, output_error
 from tvm_structured.structures.budget import Budget
-from tvm_structured.structures.layer import Array, Layer, as_layer
+from tvm_structured.structures.layer import Array, Layer, as_layer, to_detect
 
 Size = Mapping[str, Any]
 SLICE = 1 << 20  # numbers that are widened to float64 at a time: they stay in cache
@@ -76,9 +76,12 @@ class Structure(ABC):
             yield cls.from_dense(layer, **size)
 
     @classmethod
-    def detect(cls, layer: Any, tol: float = 1e-5) -> Self | None:
-        """The smallest member equal to the weight within relative Frobenius error `tol`, else None."""
-        layer = as_layer(layer)
+    def detect(cls, layer: Any, tol: float | None = None) -> Self | None:
+        """The smallest member equal to the weight within relative Frobenius error `tol`, else None.
+
+        Without `tol` it is the layer's `tolerance`: 1e-5, more for weights in half precision.
+        """
+        layer, tol = to_detect(layer, tol)
         if not cls.takes(layer):
             return None
         for member in cls.members(layer):

@@ -16,7 +16,7 @@ from tvm_structured.structures.activation_fit import checked_moments, nearest_ci
 from tvm_structured.structures.base import Size, Structure, as_budget, factor, fits
 from tvm_structured.structures.budget import Budget
 from tvm_structured.structures.circulant_pattern import Blocks, CirculantPattern
-from tvm_structured.structures.layer import Array, Conv2d, Dense, Layer, as_layer
+from tvm_structured.structures.layer import Array, Conv2d, Dense, Layer, as_layer, to_detect
 
 USUAL_BLOCKS = (64, 32, 16, 12, 10, 8, 6, 5, 4, 3, 2)
 LONGEST_GUESS = 128  # project looks for a pattern in the weight up to this block
@@ -88,8 +88,8 @@ class BlockCirculant(Structure):
         return cls((out, inner), blocks.taps, rng.standard_normal(blocks.factor_shape, dtype=np.float32))
 
     @classmethod
-    def detect(cls, layer: Any, tol: float = 1e-5) -> Self | None:
-        layer = as_layer(layer)
+    def detect(cls, layer: Any, tol: float | None = None) -> Self | None:
+        layer, tol = to_detect(layer, tol)
         if not cls.takes(layer):
             return None
         candidates = [

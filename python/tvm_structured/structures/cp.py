@@ -16,7 +16,7 @@ from tvm_structured.structures.base import Size, as_budget, factor, fits
 from tvm_structured.structures.budget import Budget
 from tvm_structured.structures.conv_chain import ConvChain, Step, as_kernel
 from tvm_structured.structures.cp_fit import fit, integer_columns
-from tvm_structured.structures.layer import Layer, as_layer
+from tvm_structured.structures.layer import Layer, as_layer, to_detect
 from tvm_structured.structures.spatial_low_rank import unfolded
 from tvm_structured.structures.truncated_svd import exceeds_rank
 
@@ -105,12 +105,12 @@ class CP(ConvChain):
         return cls((int(out), int(inner)), as_kernel(layer), bits, *arrays)
 
     @classmethod
-    def detect(cls, layer: Any, tol: float = 1e-5) -> Self | None:
+    def detect(cls, layer: Any, tol: float | None = None) -> Self | None:
         """The smallest rank up to the smaller channel count; with integer factors if these are equal, too.
 
         A weight of CP rank R has unfoldings of rank at most R, (out kw) x (kh in) too, which excludes most at once.
         """
-        layer = as_layer(layer)
+        layer, tol = to_detect(layer, tol)
         if not cls.takes(layer):
             return None
         out, inner = channels_of(layer)

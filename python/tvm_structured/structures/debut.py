@@ -25,7 +25,7 @@ from tvm_structured.structures.debut_lattice import (
     smallest_path,
     splits_on,
 )
-from tvm_structured.structures.layer import Array, Conv2d, Dense, Layer, as_layer
+from tvm_structured.structures.layer import Array, Conv2d, Dense, Layer, as_layer, to_detect
 
 MOST_VERIFICATIONS = 4  # chains tried on the whole weight before detection gives up
 MOST_PROJECTIONS = 4  # chains projected to for a budget, fewer for large weights
@@ -109,12 +109,12 @@ class DeBut(Structure):
         return cls(shape, factors, tuple(grid.astype(layer.weight.dtype) for grid in grids))
 
     @classmethod
-    def detect(cls, layer: Any, tol: float = 1e-5) -> Self | None:
+    def detect(cls, layer: Any, tol: float | None = None) -> Self | None:
         """The smallest chain of dense support, balanced or not, whose product equals the weight within `tol`.
 
         Samples exclude most splits of most weights; the chain of those that are left is verified on the whole.
         """
-        layer = as_layer(layer)
+        layer, tol = to_detect(layer, tol)
         if not cls.takes(layer) or layer.num_params == 1:
             return None
         matrix, shape = layer.matrix, matrix_shape(layer)

@@ -13,7 +13,7 @@ from tvm_structured.errors import ModelError
 from tvm_structured.structures.activation_fit import checked_moments, nearest_low_rank
 from tvm_structured.structures.base import Size, Structure, as_budget, factor, fits
 from tvm_structured.structures.budget import Budget
-from tvm_structured.structures.layer import Array, Conv2d, Dense, Layer, as_layer
+from tvm_structured.structures.layer import Array, Conv2d, Dense, Layer, as_layer, to_detect
 from tvm_structured.structures.truncated_svd import (
     DIRECT,
     FLOAT32_FLOOR,
@@ -81,10 +81,10 @@ class LowRank(Structure):
         return cls(shape, (u[:, :rank] * root).astype(dtype), (root[:, None] * vh[:rank]).astype(dtype))
 
     @classmethod
-    def detect(cls, layer: Any, tol: float = 1e-5) -> Self | None:
+    def detect(cls, layer: Any, tol: float | None = None) -> Self | None:
         """As for every structure. A 4096 x 4096 weight is answered in about a second: small ranks by a range
         finder whose residual is checked, full rank by a bound (`exceeds_rank`), only the rest by a full SVD."""
-        layer = as_layer(layer)
+        layer, tol = to_detect(layer, tol)
         limit = largest_useful_rank(layer.matrix.shape) if cls.takes(layer) else 0
         found = smallest_within(layer.matrix, limit, tol) if limit else None
         return None if found is None else cls._from_triplets(layer, *found)

@@ -27,7 +27,7 @@ from tvm_structured.structures.diagonal_pattern import (
     squares_of,
     take_diagonals,
 )
-from tvm_structured.structures.layer import Array, Conv2d, Dense, Layer, as_layer
+from tvm_structured.structures.layer import Array, Conv2d, Dense, Layer, as_layer, to_detect
 
 INDEXINGS = ("best", "natural")
 EXACT = 1e-6  # relative error below which a member counts as equal: float32 rounding of a stored weight
@@ -103,8 +103,8 @@ class PermutedDiagonal(Structure):
         return cls((out, inner), layer.taps, rng.standard_normal((*grid, p), dtype=np.float32), shifts)
 
     @classmethod
-    def detect(cls, layer: Any, tol: float = 1e-5) -> Self | None:
-        layer = as_layer(layer)
+    def detect(cls, layer: Any, tol: float | None = None) -> Self | None:
+        layer, tol = to_detect(layer, tol)
         if not cls.takes(layer):
             return None
         return cls._smallest(Search(layer), Budget(), tol)

@@ -26,6 +26,7 @@ Point = tuple[int, int]
 FIRST_SAMPLE, LARGE_SAMPLE = 64, 320
 MANY_POINTS = 600  # more of them (a 5040 x 5040 weight has 3600) make do with smaller samples
 CREDIBLE = 0.75  # a higher share of a sample's side is no rank: repeated rows may hide a much higher one
+SHARE = 0.65  # of the tolerance is for each unfolding: rounding to nearest takes 1/sqrt(3) of the largest error
 
 
 @dataclass
@@ -79,7 +80,7 @@ class RankLattice:
         if shape[0] > shape[1]:
             block = block.T
         norm = float(np.square(block, dtype=np.float64).sum())
-        allowed = (0.5 * self.tol) ** 2 * max(self.mean_square * block.size, norm)
+        allowed = (SHARE * self.tol) ** 2 * max(self.mean_square * block.size, norm)
         # what rounding can do to the sums of products and to the factorisation, which is relative to the trace
         rounding = (rows + columns + 2) * 0.5 * float(np.finfo(np.float32).eps) * norm
         return is_above(block @ block.T, allowed + rounding)
@@ -100,9 +101,9 @@ class RankLattice:
         """Rank of the unfolding at a point, from at most side x side of its entries. Where these have nearly
         full rank and are not the whole unfolding, it is only a lower bound."""
         sample = self._block(index, (side, side)).astype(np.float64)
-        # half of the tolerance, relative to the weight or the sample; the verification of the train decides
+        # relative to the weight or the sample
         scale = max(self.mean_square * sample.size, float(np.square(sample).sum()))
-        rank = rank_leaving(sample, (0.5 * self.tol) ** 2 * scale)
+        rank = rank_leaving(sample, (SHARE * self.tol) ** 2 * scale)
         self.ranks[index] = max(rank, self.ranks[index])
         self.known[index] = self.full_rank(index) <= side or rank <= CREDIBLE * side
 

@@ -15,7 +15,7 @@ from tvm_structured.structures.arrays import contract
 from tvm_structured.structures.base import Size, as_budget, factor
 from tvm_structured.structures.budget import Budget
 from tvm_structured.structures.conv_chain import ConvChain, Step, as_kernel
-from tvm_structured.structures.layer import Array, Dense, Layer, as_layer
+from tvm_structured.structures.layer import Array, Dense, Layer, as_layer, to_detect
 from tvm_structured.structures.low_rank import LowRank
 
 
@@ -62,8 +62,8 @@ class SpatialLowRank(ConvChain):
         return cls.folded(layer, LowRank.from_dense(unfolded(layer), rank=rank))
 
     @classmethod
-    def detect(cls, layer: Any, tol: float = 1e-5) -> Self | None:
-        layer = as_layer(layer)
+    def detect(cls, layer: Any, tol: float | None = None) -> Self | None:
+        layer, tol = to_detect(layer, tol)
         found = LowRank.detect(unfolded(layer), tol) if cls.takes(layer) else None
         return None if found is None else cls.folded(layer, found)
 

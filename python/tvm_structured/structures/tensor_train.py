@@ -15,7 +15,7 @@ from tvm_structured.errors import ModelError
 from tvm_structured.structures.base import Size, Structure, as_budget, factor, fits
 from tvm_structured.structures.budget import Budget
 from tvm_structured.structures.factorisation import Factorisation, factorisations
-from tvm_structured.structures.layer import Conv2d, Dense, Layer, as_layer
+from tvm_structured.structures.layer import Conv2d, Dense, Layer, as_layer, to_detect
 from tvm_structured.structures.rank_allocation import RankAllocation
 from tvm_structured.structures.rank_lattice import RankLattice, modes_of
 from tvm_structured.structures.tt_order import Order, cheapest_order, core_matrix
@@ -127,14 +127,14 @@ class TensorTrain(Structure):
         return cls(shape, out, inner, tuple(rng.standard_normal(extent, dtype=np.float32) for extent in extents))
 
     @classmethod
-    def detect(cls, layer: Any, tol: float = 1e-5) -> Self | None:
+    def detect(cls, layer: Any, tol: float | None = None) -> Self | None:
         """A train equal to the weight within `tol`, whatever its modes and their order: the smallest, or nearly so.
 
         The ranks of all possible unfoldings are sampled, and the smallest chain of them is verified on the whole
         weight (`rank_lattice`). Ranks above 240 (120 for sizes with very many divisors) are seen only where they
         are full.
         """
-        layer = as_layer(layer)
+        layer, tol = to_detect(layer, tol)
         if not cls.takes(layer) or any(extent < 2 for extent in layer.matrix.shape):
             return None
         lattice = RankLattice(layer.matrix, tol)

@@ -13,7 +13,7 @@ from typing_extensions import Self
 from tvm_structured.errors import ModelError
 from tvm_structured.structures.base import Size, Structure, factor
 from tvm_structured.structures.displacement import LARGEST_RANK, displaced, displacement_rank, shift_signs
-from tvm_structured.structures.layer import Array, Dense, Layer, as_layer
+from tvm_structured.structures.layer import Array, Dense, Layer, as_layer, to_detect
 from tvm_structured.structures.toeplitz_fit import fit, undisplaced
 from tvm_structured.structures.truncated_svd import Triplets, leading_svd
 
@@ -89,9 +89,9 @@ class ToeplitzLike(Structure):
         return cls((int(out), int(inner)), columns.astype(dtype), rows.astype(dtype))
 
     @classmethod
-    def detect(cls, layer: Any, tol: float = 1e-5) -> Self | None:
+    def detect(cls, layer: Any, tol: float | None = None) -> Self | None:
         """As for every structure; a few rows and columns of the displacement exclude most weights."""
-        layer = as_layer(layer)
+        layer, tol = to_detect(layer, tol)
         least = displacement_rank(layer.matrix, tol) if cls.takes(layer) else None
         if least is None:
             return None

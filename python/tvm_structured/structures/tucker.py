@@ -15,7 +15,7 @@ from tvm_structured.structures.arrays import contract
 from tvm_structured.structures.base import Size, as_budget, factor, fits
 from tvm_structured.structures.budget import Budget
 from tvm_structured.structures.conv_chain import ConvChain, Step, as_kernel
-from tvm_structured.structures.layer import Array, Layer, as_layer
+from tvm_structured.structures.layer import Array, Layer, as_layer, to_detect
 from tvm_structured.structures.low_rank import smallest_within
 from tvm_structured.structures.truncated_svd import exceeds_rank, left_factor, tail_energies
 from tvm_structured.structures.variational_rank import variational_rank
@@ -104,9 +104,9 @@ class Tucker(ConvChain):
         return cls((int(out), int(inner)), as_kernel(layer), *arrays)
 
     @classmethod
-    def detect(cls, layer: Any, tol: float = 1e-5) -> Self | None:
+    def detect(cls, layer: Any, tol: float | None = None) -> Self | None:
         """The ranks of both unfoldings, each looked for up to where the member would not be smaller than the weight."""
-        layer = as_layer(layer)
+        layer, tol = to_detect(layer, tol)
         if not cls.takes(layer):
             return None
         by_taps = tensor_of(layer)

@@ -140,7 +140,7 @@ class Winograd(Structure):
         return cls((int(out), int(inner)), tile, layer.weight)
 
     @classmethod
-    def detect(cls, layer: Any, tol: float = 1e-5) -> Self | None:
+    def detect(cls, layer: Any, tol: float | None = None) -> Self | None:
         """Every layer that it takes is a member; the tile is the one with the fewest operations on its image."""
         layer = as_layer(layer)
         if not isinstance(layer, Conv2d) or not cls.takes(layer):
