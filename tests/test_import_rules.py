@@ -34,6 +34,7 @@ ALLOWED = {
     "profiling": {"inputs", "profile", "roofline"},
     "report": {"files", "report_html", "roofline"},
     "roofline": {"line_store", "files", "schedules", "targets"},
+    "cli_inputs": {"errors", "structures"},
     "costs": {
         "cost_store", "devices", "dialect", "gpu_costs", "guard", "lone_layer", "relay_passes", "schedules",
         "structures", "targets", "timing",

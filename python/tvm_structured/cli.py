@@ -5,14 +5,17 @@ Exit codes: 0 done, 1 an error of ours (one line on standard error), 2 wrong usa
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 
-from tvm_structured.errors import ModelError, StructuredError
+from tvm_structured.cli_inputs import examples, limits, read_inputs, read_samples, read_target
+from tvm_structured.errors import StructuredError
 from tvm_structured.tuning.commands import db
 
 MODEL = click.argument("model", type=click.Path(path_type=Path))
@@ -28,6 +31,28 @@ DATABASE = click.option("--database", type=click.Path(path_type=Path), help="Wha
 SHAPE = click.option(
     "--shape", "shapes", multiple=True, metavar="NAME=1,3,224,224", help="Shape of an input that the model leaves open."
 )
+
+
+def chooses_structures(command: Callable[..., None]) -> Callable[..., None]:
+    """The options by which the layers of a model get their structure; the command is handed what they mean:
+    `model`, `inputs`, `target`, `budget` (None where nothing limits) and `measure`."""
+
+    @functools.wraps(command)
+    def call(
+        model: Path,
+        shapes: tuple[str, ...],
+        target: str,
+        budget: float | None,
+        max_flops: float | None,
+        max_error: float | None,
+        **others: Any,
+    ) -> None:
+        inputs, budgeted = examples(model, shapes), limits(budget, max_flops, max_error)
+        command(model=model, inputs=inputs, target=read_target(target), budget=budgeted, **others)
+
+    for option in (MEASURE, MAX_ERROR, MAX_FLOPS, BUDGET, TARGET, SHAPE, MODEL):
+        call = option(call)
+    return call
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -48,32 +73,17 @@ def inspect(model: Path, shapes: tuple[str, ...], max_params: float) -> None:
 
 
 @cli.command()
-@MODEL
-@SHAPE
-@BUDGET
-@MAX_FLOPS
-@MAX_ERROR
-@TARGET
-@MEASURE
+@chooses_structures
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to save the plan (JSON).")
-def plan(
-    model: Path,
-    shapes: tuple[str, ...],
-    budget: float,
-    max_flops: float,
-    max_error: float,
-    target: str,
-    measure: bool,
-    output: Path | None,
-) -> None:
+def plan(model: Path, inputs: Any, target: Any, budget: Any, measure: bool, output: Path | None) -> None:
     """Choose a structure for every layer; print the plan, or save it to be edited."""
     from tvm_structured.compiler import canonicalize, settle_plan
     from tvm_structured.frontend import import_model
     from tvm_structured.targets import resolve_target
 
-    resolved = resolve_target(read_target(target))
-    mod = canonicalize(import_model(model, examples(model, shapes)), resolved)
-    chosen = settle_plan(mod, resolved, limits(budget, max_flops, max_error), measure=measure)
+    resolved = resolve_target(target)
+    mod = canonicalize(import_model(model, inputs), resolved)
+    chosen = settle_plan(mod, resolved, budget, measure=measure)
     click.echo(str(chosen))
     if output is not None:
         chosen.save(output)
@@ -81,14 +91,8 @@ def plan(
 
 
 @cli.command("compile")
-@MODEL
-@SHAPE
-@TARGET
-@BUDGET
-@MAX_FLOPS
-@MAX_ERROR
+@chooses_structures
 @PLAN
-@MEASURE
 @DATABASE
 @click.option(
     "--calibration", type=click.Path(path_type=Path), help="Samples (.npy, or .npz by input): compute in int8."
@@ -96,36 +100,12 @@ def plan(
 @click.option("--vta-config", type=click.Path(path_type=Path), help="JSON of the accelerator, for --target vta.")
 @click.option("--vta-trials", default=0, help="Schedules to try for every program of the accelerator.")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The library to write (.so).")
-def compile_command(
-    model: Path,
-    shapes: tuple[str, ...],
-    target: str,
-    budget: float,
-    max_flops: float,
-    max_error: float,
-    plan: Path | None,
-    measure: bool,
-    database: Path | None,
-    calibration: Path | None,
-    vta_config: Path | None,
-    vta_trials: int,
-    output: Path,
-) -> None:
+def compile_command(model: Path, calibration: Path | None, output: Path, **options: Any) -> None:
     """Compile a model to a shared library and print the report."""
     from tvm_structured.compiler import compile as build
 
-    compiled = build(
-        model,
-        examples(model, shapes),
-        read_target(target),
-        limits(budget, max_flops, max_error),
-        plan,
-        database,
-        measure,
-        calibration=None if calibration is None else read_samples(calibration),
-        vta_config=vta_config,
-        vta_trials=vta_trials,
-    )
+    samples = None if calibration is None else read_samples(calibration)
+    compiled = build(model, calibration=samples, **options)
     compiled.export(output)
     click.echo(str(compiled.report()))
     if compiled.vta is not None:
@@ -134,14 +114,8 @@ def compile_command(
 
 
 @cli.command()
-@MODEL
-@SHAPE
-@TARGET
-@BUDGET
-@MAX_FLOPS
-@MAX_ERROR
+@chooses_structures
 @PLAN
-@MEASURE
 @click.option("--trials", default=64, show_default=True, help="Configurations to look at for each kernel.")
 @click.option("--work-dir", type=click.Path(path_type=Path), required=True, help="The database: a directory.")
 @click.option("--time-budget", type=float, metavar="SECONDS", help="Begin no new trials after so long.")
@@ -149,21 +123,11 @@ def compile_command(
 @click.option("--rpc-tracker", metavar="HOST:PORT", help="Measure on the servers of this tracker of TVM's RPC.")
 @click.option("--rpc-key", help="The key of the servers.")
 @click.option("--timeout", default=30.0, show_default=True, metavar="SECONDS", help="To build or run one candidate.")
-def tune(
-    model: Path,
-    shapes: tuple[str, ...],
-    target: str,
-    budget: float,
-    max_flops: float,
-    max_error: float,
-    plan: Path | None,
-    **session: Any,
-) -> None:
+def tune(model: Path, **options: Any) -> None:
     """Search for the fastest kernels of a model. A session that was stopped goes on when it is started again."""
     from tvm_structured.tuning.api import tune as run_session
 
-    limited = limits(budget, max_flops, max_error)
-    run_session(model, examples(model, shapes), read_target(target), budget=limited, plan=plan, **session)
+    run_session(model, **options)
 
 
 @cli.command()
@@ -265,82 +229,6 @@ def check_golden(folder: Path, target: str) -> None:
     click.echo(f"{counts[True]} passed, {counts[False]} failed")
     if counts[False]:
         raise click.exceptions.Exit(1)
-
-
-def read_inputs(module: Any, texts: tuple[str, ...]) -> dict[str, Any]:
-    """NAME=FILE.npy texts as arrays; random numbers for the other inputs."""
-    given = {name: read_array(Path(file)) for name, file in (split(text, "--input") for text in texts)}
-    rng = np.random.default_rng(0)
-    return {**given, **{spec.name: random_input(spec, rng) for spec in module.inputs if spec.name not in given}}
-
-
-def limits(max_params: float | None, max_flops: float | None, max_error: float | None) -> Any:
-    """A Budget, or None where nothing limits."""
-    from tvm_structured.structures import Budget
-
-    if max_params is None and max_flops is None and max_error is None:
-        return None
-    return Budget(max_params, max_flops, max_error)
-
-
-def read_target(text: str) -> Any:
-    """A target given as JSON becomes a dict."""
-    import json
-
-    if not text.lstrip().startswith("{"):
-        return text
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ModelError(f"--target {text!r} is not JSON ({error})") from None
-
-
-def split(text: str, option: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise click.UsageError(f"{option} {text!r}: write NAME=VALUE")
-    return name, value
-
-
-def examples(model: Path, shapes: tuple[str, ...]) -> Any:
-    """Zeros of the shapes given on the command line, in the order of the ONNX model's inputs."""
-    if not shapes:
-        return None
-    if model.suffix != ".onnx":
-        raise click.UsageError("--shape is for .onnx models; a .pt2 file holds its shapes")
-    wanted = {}
-    for name, value in (split(text, "--shape") for text in shapes):
-        try:
-            wanted[name] = np.zeros([int(extent) for extent in value.split(",")], np.float32)
-        except ValueError:
-            raise click.UsageError(f"--shape {name}={value!r}: write extents as 1,3,224,224") from None
-    return wanted
-
-
-def read_array(path: Path) -> np.ndarray:
-    try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ModelError(f"{path}: not a readable .npy file ({error})") from None
-
-
-def read_samples(path: Path) -> Any:
-    """One array, or a dict of them by input."""
-    if path.suffix != ".npz":
-        return read_array(path)
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return dict(arrays)
-    except (OSError, ValueError, EOFError) as error:
-        raise ModelError(f"{path}: not a readable .npz file ({error})") from None
-
-
-def random_input(spec: Any, rng: np.random.Generator) -> np.ndarray:
-    """Standard normal numbers (zeros for integers); an open extent is 1."""
-    shape = [extent or 1 for extent in spec.shape]
-    if spec.dtype.startswith("float"):
-        return rng.standard_normal(shape).astype(spec.dtype)
-    return np.zeros(shape, spec.dtype)
 
 
 def main() -> None:
