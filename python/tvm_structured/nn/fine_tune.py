@@ -38,8 +38,8 @@ def fine_tune(
     batch: int = 64,
     loss: Loss = F.cross_entropy,
     teacher: nn.Module | None = None,
-    distill: float = 0.9,
-    temperature: float = 4.0,
+    distill: float = 0.5,
+    temperature: float = 2.0,
     optimizer: Callable[[Any], torch.optim.Optimizer] | None = None,
     clip: float | None = 1.0,
     evaluate: Callable[[nn.Module], float] | None = None,
@@ -54,8 +54,7 @@ def fine_tune(
     data: a pair (inputs, targets) of arrays, or a DataLoader or list of such batches (see `Batches`).
     lr: the highest learning rate. batch: rows of a batch where arrays are given.
     loss(output, target): a scalar. teacher: a trained network whose outputs are taken as soft targets (Hinton et al.
-    2015) at `temperature`; `distill` is their share of the loss. Data without targets is distilled alone. By default
-    nearly all is the teacher's: a compressed network does best as a copy of one function (Beyer et al. 2022).
+    2015) at `temperature`; `distill` is their share of the loss. Data without targets is distilled alone.
     optimizer(parameters): replaces AdamW. clip: the largest norm of the gradient, None for no limit.
     evaluate(model): a score after each epoch, for the record. autocast: run the forward pass in that type.
     checkpoint: a file that is rewritten after every epoch and from which an interrupted training goes on, to the same
