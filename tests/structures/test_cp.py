@@ -66,6 +66,16 @@ def test_bytes_are_those_of_the_integers() -> None:
         assert member.num_bytes == width * count + 4 * 5
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 100.0])
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_integer_factors_of_half_precision_weights_do_not_vanish(scale: float, bits: int) -> None:
+    weight = (scale * planted((16, 12, 3, 3), 4)).astype(np.float16)
+    half, single = (CP.from_dense(as_layer(w), rank=4, bits=bits) for w in (weight, weight.astype(np.float32)))
+    assert half.error(weight) == pytest.approx(single.error(weight), rel=1e-3)
+    projected = CP.project(weight, 0.5)
+    assert projected is not None and projected.error(weight) < 0.1
+
+
 def test_a_kernel_of_higher_rank_is_not_begun_again(monkeypatch: Any) -> None:
     begun = []
 

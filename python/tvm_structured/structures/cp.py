@@ -101,6 +101,8 @@ class CP(ConvChain):
         parts = [integer_columns(f, bits) if bits else normalised(f) for f in factors]
         scale = np.prod([scales for _, scales in parts], axis=0)
         dtype, (out, inner) = layer.weight.dtype, layer.matrix.shape
+        if bits:  # float16 has neither the integers of 16 bits nor the scales of products of four
+            dtype = np.result_type(dtype, np.float32)
         arrays = (np.ascontiguousarray(array.astype(dtype)) for array in (scale, *(values for values, _ in parts)))
         return cls((int(out), int(inner)), as_kernel(layer), bits, *arrays)
 
