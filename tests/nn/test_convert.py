@@ -261,6 +261,13 @@ def test_impossible_choices_are_refused(choices, error, says):
         convert(network(), choices)
 
 
+def test_factors_beyond_the_range_of_a_type_are_refused():
+    model = nn.Sequential(nn.Conv2d(12, 16, 3)).half()
+    with pytest.raises(ModelError, match=r"cp rank=8 bits=8: scale leaves the range of torch\.float16"):
+        convert(model, {"0": ("cp", {"rank": 8, "bits": 8})})
+    assert convert(model, {"0": ("cp", {"rank": 8})})[0].scale.dtype == torch.float16
+
+
 def test_a_member_of_another_shape_is_refused():
     model = network()
     member = STRUCTURES["low_rank"].from_dense(weight_of(model, "5"), rank=2)

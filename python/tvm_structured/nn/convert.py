@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -192,9 +193,20 @@ def structured_twin(module: Any, member: Structure) -> Structured:
     else:
         twin = StructuredLinear.from_structure(member, module.bias)
     twin.to(device=module.weight.device, dtype=module.weight.dtype)
+    check_range(twin, member)
     for name, parameter in twin.named_parameters():
         parameter.requires_grad_((module.bias if name == "bias" else module.weight).requires_grad)
     return twin.train(module.training)
+
+
+def check_range(twin: Structured, member: Structure) -> None:
+    """Raise ModelError where the module's type cannot hold the factors: the scales of integer factors are tiny."""
+    for name in twin.trainable_names:
+        cast = getattr(twin, name)
+        if not bool(torch.isfinite(cast).all()) or (bool(np.any(member.factors[name])) and not bool(cast.any())):
+            raise ModelError(
+                f"{member.name} {member.describe()}: {name} leaves the range of {cast.dtype}; convert in float32 first"
+            )
 
 
 def replace_modules(model: nn.Module, twins: Mapping[int, nn.Module]) -> nn.Module:
