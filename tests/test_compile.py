@@ -291,3 +291,24 @@ def test_results_belong_to_the_caller() -> None:
     np.testing.assert_array_equal(first, kept)
     assert not np.array_equal(first, second)
     first += 1  # writable
+
+
+def test_torch_inputs_of_every_kind_give_the_same_numbers() -> None:
+    """Strided, misaligned, of a subclass, with a gradient or in its own memory as it should be."""
+    model = nn.Linear(24, 40).eval()
+    x = torch.randn(3, 24, generator=torch.Generator().manual_seed(0))
+    compiled = ts.compile(model, (x,), target="host", measure=False)
+    expected = model(x).detach()
+    strided = torch.stack((x, x), -1)[..., 0]
+    misaligned = torch.zeros(73)[1:].view(3, 24).copy_(x)
+    assert not strided.is_contiguous() and misaligned.data_ptr() % 64
+    for same in (x, strided, misaligned, nn.Parameter(x.clone()), x.clone().requires_grad_()):
+        y = compiled(same)
+        assert type(y) is torch.Tensor and not y.requires_grad
+        torch.testing.assert_close(y, expected)
+    with pytest.raises(ts.ModelError, match="float64"):
+        compiled(x.double())
+    with pytest.raises(ts.ModelError, match="shape"):
+        compiled(x[:2])
+    with pytest.raises(ts.ModelError, match="inputs"):
+        compiled(x, x)

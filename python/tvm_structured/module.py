@@ -52,6 +52,12 @@ class Runnable:
             self._main  # noqa: B018 - so that what does not load shows at once
 
     @functools.cached_property
+    def _ready(self) -> tuple[tuple[Any, Any], ...] | None:
+        """See `are_ready`; None where every input must be looked at: on a GPU, and where a size is not known."""
+        extents = [extent for spec in self.inputs for extent in spec.shape]
+        return None if self.is_on_gpu or not all(extents) else tuple((i.dtype, i.shape) for i in self.inputs)
+
+    @functools.cached_property
     def device(self) -> Any:
         """The TVM device it runs on. Raises ModelError for a GPU module where there is none."""
         return device_of(self.metadata)
@@ -69,12 +75,13 @@ class Runnable:
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         """Run. Inputs in order or by name; raises ModelError naming the input that does not fit."""
+        if not named and are_ready(self._ready, inputs):  # the usual case, which must not cost as much as a small layer
+            outputs = self._main(*inputs)
+            return outputs if is_torch(outputs) else from_tvm(outputs, as_torch=True)
         arrays = check_inputs(self.inputs, inputs, named)
         if self.is_on_gpu:
             return self._run_on_gpu(arrays)
         outputs = self._main(*[to_tvm(array) for array in arrays])
-        if is_torch(outputs):  # the usual case, which must not cost as much as a small layer
-            return outputs
         return from_tvm(outputs, as_torch=any(is_torch(array) for array in arrays))
 
     def _run_on_gpu(self, arrays: Sequence[Any]) -> Any:
@@ -219,6 +226,25 @@ def read_metadata(raw: bytes, path: Path) -> dict[str, Any]:
 def is_torch(value: Any) -> bool:
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)
+
+
+def are_ready(expected: tuple[tuple[str, Any], ...] | None, arrays: Sequence[Any]) -> bool:
+    """Whether all are torch tensors of these (dtype, shape) that TVM's call takes as they are."""
+    torch = sys.modules.get("torch")
+    if torch is None or expected is None or len(arrays) != len(expected):
+        return False
+    for (dtype, shape), array in zip(expected, arrays, strict=True):
+        if (
+            type(array) is not torch.Tensor
+            or array.dtype is not getattr(torch, dtype, None)
+            or array.shape != shape
+            or array.requires_grad
+            or not array.is_cpu
+            or not array.is_contiguous()
+            or array.data_ptr() % ALIGNMENT
+        ):
+            return False
+    return True
 
 
 def to_tvm(array: Any) -> Any:
