@@ -4,6 +4,7 @@
 
 Each row is a torch.nn.Linear whose weight has the structure; `ts.compile` compiles it with that plan. All run in
 turns in one process, a time is the median of the turns. The result is compared with float64 in the same run.
+`of bound` is the share of what the machine was measured to allow for these bytes and operations.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ import torch
 from measuring import Timing, describe_machine, interleaved, microseconds, print_table, relative_error, write_json
 from model_peers import Call
 from peers import linear_peers
+from rich.progress import track
 
 import tvm_structured as ts
+from tvm_structured.roofline import roofline
 from tvm_structured.structures.debut_chain import butterfly
 from tvm_structured.targets import physical_cores
 
@@ -30,7 +33,7 @@ MODES = {"out_modes": (16, 16, 16), "in_modes": (16, 16, 16)}
 NATURAL = {"indexing": "natural"}
 TOLERANCE = 1e-4  # relative to the largest output
 PEERS = ("torch", "torch.compile", "torch mkldnn", "ort")
-HEADINGS = ("layer", "batch", *PEERS, "ours", "x torch", "x ORT", "x best", "GFLOP/s", "error")
+HEADINGS = ("layer", "batch", *PEERS, "ours", "x torch", "x ORT", "x best", "GFLOP/s", "of bound", "error")
 
 
 @dataclass(frozen=True)
@@ -74,11 +77,11 @@ def main(patterns: tuple[str, ...], batches: tuple[int, ...], quick: bool, path:
     if not names:
         raise click.ClickException(f"no row matches {' '.join(patterns)}; there are {', '.join(FORMS)}")
     rows = []
-    for batch in batches:
-        for name in names:
-            rows.append(measure(name, FORMS[name], batch, rounds=3 if quick else 7))
-            write_json(path, rows)
-    print_table(f"microseconds: {describe_machine()}", HEADINGS, [cells(row) for row in rows])
+    cases = [(name, batch) for batch in batches for name in names]
+    for name, batch in track(cases, description="layers", transient=True):
+        rows.append(measure(name, FORMS[name], batch, rounds=3 if quick else 7))
+        write_json(path, rows)
+    print_table(f"microseconds: {describe_machine()}", HEADINGS, [cells(row) for row in rows], [f"bound: {roofline()}"])
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
@@ -96,6 +99,9 @@ def measure(name: str, form: Form, batch: int, rounds: int) -> dict[str, Any]:
         raise click.ClickException(f"{name}, batch {batch}: relative error {error:.1e}")
     times = interleaved({**peers_of(form.shape, batch), "ours": lambda: compiled(x)}, rounds)
     flops = 2 * batch * weight.size if choice is None else choice.flops(batch)
+    weight_bytes = 4 * weight.size if choice is None else choice.num_bytes
+    machine, moved = roofline(), weight_bytes + 4 * batch * sum(weight.shape)
+    assert machine is not None
     return {
         "layer": name,
         "shape": form.shape,
@@ -103,7 +109,8 @@ def measure(name: str, form: Form, batch: int, rounds: int) -> dict[str, Any]:
         "times": {who: {"seconds": timing.seconds, "spread": timing.spread} for who, timing in times.items()},
         "error": error,
         "gflops": flops / times["ours"].seconds / 1e9,
-        "weight_bytes": 4 * weight.size if choice is None else choice.num_bytes,
+        "weight_bytes": weight_bytes,
+        "of_bound": machine.fraction_of_bound(flops, moved, times["ours"].seconds),
     }
 
 
@@ -139,8 +146,8 @@ def cells(row: dict[str, Any]) -> list[str]:
     ours = times["ours"].seconds
     best = min(times[peer].seconds for peer in PEERS)
     ratios = [f"{seconds / ours:.1f}" for seconds in (times["torch"].seconds, times["ort"].seconds, best)]
-    texts = [microseconds(times[who]) for who in (*PEERS, "ours")]
-    return [row["layer"], str(row["batch"]), *texts, *ratios, f"{row['gflops']:.0f}", f"{row['error']:.0e}"]
+    ratios += [f"{row['gflops']:.0f}", f"{row['of_bound']:.0%}", f"{row['error']:.0e}"]
+    return [row["layer"], str(row["batch"]), *(microseconds(times[who]) for who in (*PEERS, "ours")), *ratios]
 
 
 if __name__ == "__main__":
