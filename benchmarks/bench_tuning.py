@@ -63,7 +63,7 @@ def main(
     """Print a table."""
     use_all_cores()
     if part == "speed":
-        print_speed(speed(8, trials or (16 if quick else 64)), path)
+        print_speed(speed(4, trials or (16 if quick else 64)), path)
         return
     names = [name for name in (QUICK if quick and not patterns else LAYERS) if matches(name, patterns)]
     if not names:
