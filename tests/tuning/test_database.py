@@ -68,6 +68,7 @@ def test_a_line_that_was_cut_off_is_reported_and_the_next_record_is_whole(
 
 FOREIGN_LINES = [
     b"garbage",
+    b"[" * 100_000,
     b"[1, 2]",
     b"\xff\xfe\x00",
     b'{"kind": "trial"}',
@@ -102,6 +103,13 @@ def test_what_is_no_database_is_said_to_be_none(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(DatabaseError, match="directory"):
         Database(tmp_path / "file", must_exist=False)
+
+
+def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DatabaseError, match="file/db: cannot be written"):
+        with Database(tmp_path / "file" / "db", must_exist=False).locked():
+            pass
 
 
 def test_a_second_process_may_not_write(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from tuning_samples import FakeMeasurer, sample_task, weighted
 from tvm_structured.schedules import Config
 from tvm_structured.tuning.database import Database
 from tvm_structured.tuning.records import Trial
-from tvm_structured.tuning.session import CLEARLY, Session, WeightedTask, decide, origin_of
+from tvm_structured.tuning.session import CLEARLY, Progress, Session, WeightedTask, decide, origin_of
+from tvm_structured.tuning.tasks import config_text
 
 TASKS = ("dense", "permuted_diagonal", "tensor_train")
 
@@ -70,6 +71,32 @@ def test_more_trials_go_on_from_where_fewer_ended(tmp_path: Path) -> None:
 def test_the_end_of_the_time_budget_leaves_tasks_open(tmp_path: Path) -> None:
     session = run(tmp_path, FakeMeasurer(), time_budget=1e-9)
     assert all(progress.best is None and not progress.trials for progress in session.progress)
+
+
+def test_a_session_out_of_time_stops_within_a_batch_and_goes_on_with_the_rest_of_it(tmp_path: Path) -> None:
+    whole, first, second = FakeMeasurer(), FakeMeasurer(), FakeMeasurer()
+    run(tmp_path / "whole", whole, trials=12)
+    session = Session(weighted(*TASKS), Database(tmp_path / "parts", must_exist=False), first, 12, time_budget=1e6)
+
+    def watch(tasks: Sequence[Progress], _: Progress | None) -> None:
+        if sum(len(progress.trials) for progress in tasks) == 5:
+            session.deadline = 0.0
+
+    session.watch = watch
+    session.run()
+    assert len(first.measured) == 5
+    run(tmp_path / "parts", second, trials=12)
+    assert sorted(first.measured + second.measured) == sorted(whole.measured)
+    assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
+
+
+def test_a_hand_schedule_that_failed_is_tried_again_by_the_next_session(tmp_path: Path) -> None:
+    again = FakeMeasurer()
+    for measurer in (FakeMeasurer(fails=(1,)), again):
+        (progress,) = Session(weighted("dense"), Database(tmp_path, must_exist=False), measurer, 8).run()
+        assert (progress.best is None) == (measurer is not again)
+    assert again.measured == [config_text(progress.weighted.task.by_hand)]
+    assert [trial.number for trial in Database(tmp_path).history(progress.origin)] == list(range(8))
 
 
 def test_failed_trials_are_kept_with_their_reason(tmp_path: Path) -> None:

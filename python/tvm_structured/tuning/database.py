@@ -64,7 +64,7 @@ class Database:
             try:
                 text = line.decode("utf-8")
                 record = from_line(text)
-            except ValueError as error:  # also of decoding and of JSON
+            except (ValueError, RecursionError) as error:  # also of decoding and of JSON
                 cut = number == len(raw)
                 reason = "cut off in the middle" if cut else f"not a tuning record ({first_line(error)})"
                 self.problems.append(Problem(self.file, number, reason))
@@ -142,11 +142,13 @@ class Database:
             from filelock import FileLock, Timeout
         except ImportError:
             raise EnvironmentMismatchError("tuning needs filelock; pip install 'tvm-structured[tune]'") from None
-        self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / LOCK, timeout=0)
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
             lock.acquire()
-        except Timeout:
+        except OSError as error:
+            if not isinstance(error, Timeout):
+                raise DatabaseError(f"{self.path}: cannot be written ({error}); choose another directory") from None
             raise DatabaseError(
                 f"{self.path}: {owner(self.path)} is writing to this database; wait for it, or use another directory"
             ) from None

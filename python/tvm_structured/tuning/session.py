@@ -79,7 +79,7 @@ class Session:
     """Tune tasks into a database that the caller has locked.
 
     trials: configurations to look at for each task, the hand schedule included. time_budget: seconds after which no
-    new batch begins. watch: called with all tasks and the one in work after every trial.
+    new trial begins. watch: called with all tasks and the one in work after every trial.
     """
 
     def __init__(
@@ -100,8 +100,9 @@ class Session:
 
     def _load(self, weighted: WeightedTask) -> Progress:
         origin = origin_of(weighted.task)
-        best = self.database.best(origin)
-        return Progress(weighted, origin, self.database.history(origin), best)
+        # a hand schedule that failed, perhaps for a worker that was lost, has another chance in every session
+        trials = [trial for trial in self.database.history(origin) if trial.number or trial.seconds is not None]
+        return Progress(weighted, origin, trials, self.database.best(origin))
 
     def run(self) -> list[Progress]:
         """All tasks a batch each in turn, what runs most often first: a session that runs out of time has looked at
@@ -128,21 +129,25 @@ class Session:
         return progress.best is not None and progress.best.trials >= progress.weighted.trials(self.trials)
 
     def _step(self, progress: Progress, search: Any) -> bool:
-        """One batch; False where there is nothing left to try. Trials that a stopped session made are not repeated."""
+        """One batch, or what the time allows of it; False where there is nothing left to try. Trials that a stopped
+        session made are not repeated. The hand schedule is number 0."""
         task = progress.weighted.task
         tried = {trial.text: trial for trial in progress.trials}
         batch = search.next(progress.weighted.trials(self.trials))
         if not batch:
             return False
         fresh = [config for config in batch if config_text(config) not in tried]
-        limit = progress.seconds or math.inf
+        limit, by_hand = progress.seconds or math.inf, config_text(task.by_hand)
         first = 1 + max((trial.number for trial in progress.trials), default=-1)
         for index, measured in self.measurer.measure(task, fresh, limit):  # in whatever order they are done
-            trial = Trial(progress.origin, first + index, fresh[index], measured.seconds, measured.error)
+            number = first + index if config_text(fresh[index]) != by_hand else 0
+            trial = Trial(progress.origin, number, fresh[index], measured.seconds, measured.error)
             self.database.add([trial])
             progress.trials.append(trial)
             tried[trial.text] = trial
             self.watch(self.progress, progress)
+            if time.monotonic() >= self.deadline:
+                return True  # the next session makes the same batch, and tries the rest of it
         search.learn([(config, tried[config_text(config)].seconds) for config in batch])
         return True
 
