@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -102,3 +103,21 @@ def test_kernels_for_gpus_are_tasks_too(name: str) -> None:
     func, arguments = again.build(again.space[0])
     assert func is not None and {arguments[0].dtype, arguments[-1].dtype} == {np.dtype("float16")}
     assert task.key != sample_task(name, rows=16).key
+
+
+def test_candidates_for_a_gpu_are_built_and_exported_for_a_server_without_one_here(tmp_path: Path) -> None:
+    """As far as a machine without a card goes: what is uploaded is there."""
+    from tvm_structured.schedules.cuda import CUDA_KERNELS
+    from tvm_structured.schedules.gpu import Gpu, GpuSite
+    from tvm_structured.targets import resolve_target
+    from tvm_structured.tuning.worker import Bench
+
+    target = resolve_target({"kind": "cuda", "arch": "sm_90"})
+    site = GpuSite((16, 64), (16, 64), Gpu.of(target), Epilogue(bias=True), dtype="float16")
+    task = KernelTask.of(CUDA_KERNELS["permuted_diagonal"], sample_task().structure, site, target)
+    bench = Bench(task, {"host": "127.0.0.1", "port": 1, "key": "gpus", "timeout": 1.0})
+    for place in np.linspace(0, len(task.space) - 1, 2, dtype=int):
+        bench.build(str(place), task.space[place])
+        library, _ = bench.built[str(place)]
+        library.export_library(str(tmp_path / f"{place}.tar"))
+        assert (tmp_path / f"{place}.tar").stat().st_size > 1000

@@ -223,6 +223,20 @@ def test_ctrl_c_and_the_same_call_again_end_like_one_session(
     assert "geometric mean" in capsys.readouterr().out
 
 
+def test_a_model_for_a_gpu_is_tuned_where_one_is(tmp_path: Path, monkeypatch: Any) -> None:
+    """All but measuring: kernels are found, tried and recorded for the card, and compiling for it uses them."""
+    target = {"kind": "cuda", "arch": "sm_90"}
+    monkeypatch.setattr("tvm_structured.tuning.api.make_measurer", lambda *_: FakeMeasurer())
+    model, x = small_model()
+    options = {"work_dir": tmp_path, "trials": 3, "rpc_tracker": "gpus:9190", "rpc_key": "h100", "quiet": True}
+    result = ts.tune(model, (x,), target, **options)  # type: ignore[arg-type]
+    kernels = {progress.origin.kernel.split(":")[0] for progress in result.progress}
+    assert kernels and all(kernel.startswith("cuda/") for kernel in kernels), kernels
+    assert all(progress.best for progress in result.progress)
+    emulated = ts.compile(model, (x,), target, database=tmp_path, measure=False)
+    assert emulated.plan.choices.keys() == {"0.weight", "2.weight"}
+
+
 def test_costs_of_layers_travel_with_the_database(
     tuned: tuple[ts.TuningResult, Path], tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -248,6 +262,7 @@ def test_costs_of_layers_travel_with_the_database(
         ({"rpc_tracker": "nowhere"}, "HOST:PORT"),
         ({"rpc_tracker": "127.0.0.1:1", "rpc_key": "k"}, "no RPC tracker answers"),
         ({"rpc_tracker": "127.0.0.1:1"}, "without rpc_key"),
+        ({"target": {"kind": "cuda", "arch": "sm_75"}}, "does not run on this machine; give rpc_tracker and rpc_key"),
         ({"target": {"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mcpu": "cortex-a72"}}, "does not run"),
         ({"time_budget": math.nan}, "time_budget=nan"),
     ],

@@ -14,6 +14,7 @@ from tvm_structured.detection_store import DetectionStore
 from tvm_structured.guard import candidates, keep_dense
 from tvm_structured.planning import Plan
 from tvm_structured.structures import Structure, as_budget
+from tvm_structured.targets import is_cuda
 from tvm_structured.tuning.schedule_tasks import ScheduleTask, is_tunable
 from tvm_structured.tuning.session import WeightedTask
 from tvm_structured.tuning.tasks import KernelTask
@@ -92,7 +93,10 @@ def kernel_tasks(mod: Any, target: Any, forms: Mapping[str, Sequence[Form]]) -> 
 
 
 def function_tasks(mod: Any, target: Any, plan: Plan) -> list[WeightedTask]:
-    """The functions that are left without a schedule, of known extents and not mere views."""
+    """The functions that are left without a schedule, of known extents and not mere views. None of a GPU's: they keep
+    their default schedules."""
+    if is_cuda(target):
+        return []
     from tvm import tirx
 
     from tvm_structured.relay_passes.apply_schedules import as_view, is_scheduled

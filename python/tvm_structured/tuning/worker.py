@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 SAMPLES = 64  # numbers of the output that are compared with the hand schedule's
-KEPT_BYTES = 32 << 20  # arguments larger than that are made again when they are needed
+KEPT_BYTES = 80 << 20  # arguments larger than that are made again when they are needed
 
 
 class Bench:
