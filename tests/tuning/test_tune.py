@@ -187,7 +187,7 @@ def test_a_layer_turns_from_dense_to_structured_once_tuning_made_that_faster(
     def measure(calls: Any, target: Any, is_cold: bool = False, records: Any = None) -> list[float]:
         configs = [costs.tuned_config(call, target, records) for call in calls]
         return [
-            1e-5 if "low_rank" not in call.op else 5e-5 if config is None else 2e-6
+            1e-5 if call.op == "dense" else 2e-6 if call.op == "low_rank" and config is not None else 5e-5
             for call, config in zip(calls, configs, strict=True)
         ]
 
