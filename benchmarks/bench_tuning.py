@@ -28,7 +28,7 @@ from scipy.stats import spearmanr
 from tuned_layers import HEADINGS, LAYERS, QUICK, cells, notes, tune_layers
 
 import tvm_structured as ts
-from tvm_structured.roofline import roofline
+from tvm_structured.roofline import measure_roofline
 from tvm_structured.targets import physical_cores, resolve_target, use_all_cores
 from tvm_structured.tuning.schedule_search import install_stand_in, lean_intrinsics
 from tvm_structured.tuning.schedule_tasks import ScheduleTask
@@ -78,10 +78,9 @@ def main(
     with ExitStack() as stack:
         folder = work_dir or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         click.echo(" | ".join(HEADINGS))
-        count = trials or (8 if quick else 64)
-        rows = tune_layers(names, batches or (1, 16), count, folder, 60 * minutes, report)
-    machine = f"{describe_machine()}; {roofline()}"
-    print_table(f"tuned layers: {machine}", HEADINGS, [cells(row) for row in rows], notes(rows))
+        count, machine = trials or (8 if quick else 64), measure_roofline()
+        rows = tune_layers(names, batches or (1, 16), count, folder, 60 * minutes, machine, report)
+    print_table(f"tuned layers: {describe_machine()}; {machine}", HEADINGS, [cells(row) for row in rows], notes(rows))
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:

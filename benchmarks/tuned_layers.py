@@ -13,16 +13,17 @@ from typing import Any
 import numpy as np
 
 import tvm_structured as ts
-from tvm_structured.roofline import CACHE_BYTES, Roofline, roofline
+from tvm_structured.roofline import CACHE_BYTES, Roofline
 from tvm_structured.schedules import KERNELS, ConvGeometry, Cpu, Epilogue, Site
 from tvm_structured.structures import Structure, Unstructured
-from tvm_structured.targets import resolve_target
+from tvm_structured.targets import physical_cores, resolve_target
 from tvm_structured.tuning.session import Progress, Session, WeightedTask
 from tvm_structured.tuning.tasks import KernelTask
 from tvm_structured.tuning.workers import LocalMeasurer, Measurer
 
 HEADINGS = ("kernel", "batch", "trials", "by hand us", "tuned us", "faster", "limit", "of it by hand", "tuned")
 AT_THE_LIMIT = 1 / 1.10  # of the bound: a hand schedule above cannot become 1.10 times as fast
+LEVEL2 = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,13 @@ def tune_layers(
     trials: int,
     folder: Path,
     seconds: float,
+    machine: Roofline,
     done: Callable[[Mapping[str, Any]], None],
 ) -> list[dict[str, Any]]:
     """One row for each layer and batch; done(row) as soon as it is there. Each layer has an equal share of the seconds
     that are left: what one does not need is for the next ones."""
     target, rows, deadline = resolve_target("host"), [], time.monotonic() + seconds
     database = ts.Database(folder, must_exist=False)
-    machine = roofline()
     measurer = LocalMeasurer(int(target.attrs["num-cores"]))
     cases = list(itertools.product(batches, names))
     try:
@@ -135,11 +136,11 @@ def member_of(layer: Layer) -> Structure:
     return family.from_dense(whole, **layer.size)
 
 
-def row_of(name: str, batch: int, done: Progress, machine: Roofline | None) -> dict[str, Any]:
+def row_of(name: str, batch: int, done: Progress, machine: Roofline) -> dict[str, Any]:
     """`limit`: what bounds the layer on this machine. `bounds`: shares of it that hand schedule and winner reach."""
     assert done.best is not None and isinstance(done.weighted.task, KernelTask)
     task, times = done.weighted.task, (done.best.default_seconds, done.best.seconds)
-    flops, moved = work_of(task, batch)
+    limit, bound = limit_of(machine, *work_of(task, batch))
     return {
         "tuned_layer": name,
         "kernel": task.kernel,
@@ -150,8 +151,8 @@ def row_of(name: str, batch: int, done: Progress, machine: Roofline | None) -> d
         "seconds": times[1],
         "default_config": task.space[0],
         "config": done.best.config,
-        "limit": None if machine is None else limit_of(machine, flops, moved),
-        "bounds": [machine and machine.fraction_of_bound(flops, moved, seconds) for seconds in times],
+        "limit": limit,
+        "bounds": [bound / seconds for seconds in times],
     }
 
 
@@ -161,17 +162,25 @@ def work_of(task: KernelTask, batch: int) -> tuple[float, float]:
     return task.structure.flops(batch * math.prod(y[2:])), task.structure.num_bytes + 4 * (math.prod(x) + math.prod(y))
 
 
-def limit_of(machine: Roofline, flops: float, moved: float) -> str:
-    if flops / machine.peak_flops >= machine.bound(flops, moved):
-        return "FLOPs"
-    return "cache bytes" if moved <= CACHE_BYTES else "memory bytes"
+def limit_of(machine: Roofline, flops: float, moved: float) -> tuple[str, float]:
+    """(what takes longest, its seconds). Bytes that stay next to the cores from call to call are no limit."""
+    arithmetic, bound = flops / machine.peak_flops, machine.bound(flops, moved)
+    if moved <= level2() * physical_cores() or arithmetic >= bound:
+        return "FLOPs", arithmetic
+    return "cache bytes" if moved <= CACHE_BYTES else "memory bytes", bound
+
+
+def level2() -> int:
+    """Bytes of a core's level-2 cache, 0 where the system does not tell."""
+    text = LEVEL2.read_text(encoding="ascii").strip() if LEVEL2.is_file() else ""
+    return 1024 * int(text[:-1]) if text.endswith("K") and text[:-1].isdigit() else 0
 
 
 def cells(row: Mapping[str, Any]) -> list[str]:
     times = [f"{row[name] * 1e6:,.1f}" for name in ("default_seconds", "seconds")]
-    bounds = ["-" if bound is None else f"{bound:.0%}" for bound in row["bounds"]]
+    bounds = [f"{bound:.0%}" for bound in row["bounds"]]
     trials = f"{row['trials']}{' (all)' if row['trials'] == row['space'] else ''}"
-    return [row["tuned_layer"], str(row["batch"]), trials, *times, f"{ratio(row):.2f}", row["limit"] or "-", *bounds]
+    return [row["tuned_layer"], str(row["batch"]), trials, *times, f"{ratio(row):.2f}", row["limit"], *bounds]
 
 
 def ratio(row: Mapping[str, Any]) -> float:
@@ -194,9 +203,10 @@ def notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             lines.append(f"{what}: geometric mean {mean:.2f}x of the hand schedules ({count})")
     for row in filter(is_at_the_limit, rows):
         name = f"{row['tuned_layer']}, batch {row['batch']}"
-        lines.append(f"{name}: the hand schedule takes {1 / row['bounds'][0]:.2f} times what the {row['limit']} take")
+        times = 1 / row["bounds"][0]
+        lines.append(f"{name}: at the limit, {times:.2f} times what the {row['limit']} take at least")
     return lines
 
 
 def is_at_the_limit(row: Mapping[str, Any]) -> bool:
-    return row["bounds"][0] is not None and row["bounds"][0] >= AT_THE_LIMIT
+    return bool(row["bounds"][0] >= AT_THE_LIMIT)

@@ -303,9 +303,10 @@ def test_the_tuning_benchmark_goes_on_where_it_was_stopped(tmp_path: Path, monke
         "dense": tuned_layers.Layer("dense", {}, (64, 48)),
         "1x1": tuned_layers.Layer("conv2d", {}, conv=(16, 24, 1, 6)),
     }
+    monkeypatch.setattr(bench, "measure_roofline", lambda: Roofline(1e9, 1e9, 1e9))
+    monkeypatch.setattr(tuned_layers, "level2", lambda: 1024)
     for module in (bench, tuned_layers):
         monkeypatch.setattr(module, "LAYERS", small)
-        monkeypatch.setattr(module, "roofline", lambda: Roofline(1e9, 1e9, 1e9))
     seen: list[str] = []
 
     def run(*words: str, stop_after: int | None = None) -> Any:
