@@ -13,7 +13,7 @@ from lowering_harness import CONFIGS, DEFAULT, bias, check, int8, names, requant
 from tvm_structured.errors import VTAError
 from tvm_structured.structures import BlockCirculant, PermutedDiagonal
 from tvm_structured.vta import Memory
-from tvm_structured.vta.lower import Schedule, lower, problem_of
+from tvm_structured.vta.lower import Schedule, lower, problem_of, tile_matrix
 from tvm_structured.vta.operators import (
     Int8BlockDiagonal,
     Int8Chain,
@@ -116,3 +116,19 @@ def test_schedules_go_through_json_and_wrong_ones_are_refused() -> None:
         Schedule.from_json({"threads": 2})
     with pytest.raises(VTAError, match="threads=3"):
         Schedule(threads=3)
+
+
+@pytest.mark.parametrize("largest", [0, 1 << 24])
+def test_different_tiles_in_a_part_are_counted(largest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tile_matrix, "LARGEST_TABLE", largest)
+    rng = np.random.default_rng(5)
+    for _ in range(20):
+        height, width, kinds = (int(rng.integers(1, most)) for most in (20, 20, 9))
+        place = np.sort(rng.permutation(height * width)[: int(rng.integers(1, 200))])
+        entries = np.stack([place % height, place // height, rng.integers(0, kinds, len(place))], axis=1)
+        matrix = tile_matrix.TileMatrix(height, width, entries, np.zeros((kinds, 1, 1), np.int8))
+        rows, columns = int(rng.integers(1, height + 1)), int(rng.integers(1, width + 1))
+        parts: dict[tuple[int, int], set[int]] = {}
+        for row, column, number in entries.tolist():
+            parts.setdefault((row // rows, column // columns), set()).add(number)
+        assert matrix.most_tiles(rows, columns) == max(map(len, parts.values()))

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Tiles = NDArray[np.int8]  # (count, block, block)
+LARGEST_TABLE = 1 << 24  # of parts by tiles, bytes; larger ones are sorted instead
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,8 +79,14 @@ class TileMatrix:
         if (rows, columns) in self.counts:
             return self.counts[rows, columns]
         row, column, number = self.entries.T
-        part = column // columns * (self.rows // rows + 1) + row // rows
-        pairs = np.unique(part * len(self.tiles) + number)
-        most = int(np.bincount((pairs // len(self.tiles)).astype(np.int64)).max())
+        down, count = -(-self.rows // rows), len(self.tiles)
+        part = column // columns * down + row // rows
+        parts = down * -(-self.columns // columns)
+        if parts * count <= LARGEST_TABLE:
+            is_there = np.zeros((parts, count), np.bool_)
+            is_there[part, number] = True
+            most = int(is_there.sum(axis=1).max())
+        else:
+            most = int(np.bincount(np.unique(part * count + number) // count).max())
         self.counts[rows, columns] = most
         return most
