@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from tvm_structured.structures.factorisation import Factorisation, divisors
 from tvm_structured.structures.layer import Array
@@ -54,11 +55,13 @@ class RankLattice:
         self.mean_square = total / self.matrix.size
         self.ranks = np.ones(len(self.points), np.int64)
         self.known = np.ones(len(self.points), bool)
-        for index in range(1, len(self.points) - 1):
-            if self._exceeds_samples(index):
-                self.ranks[index] = self.full_rank(index)
-            else:
-                self._sample(index, FIRST_SAMPLE)
+        # thousands of small factorisations: on a busy machine waking BLAS's threads takes 50 times as long as one
+        with threadpool_limits(1, user_api="blas"):
+            for index in range(1, len(self.points) - 1):
+                if self._exceeds_samples(index):
+                    self.ranks[index] = self.full_rank(index)
+                else:
+                    self._sample(index, FIRST_SAMPLE)
 
     @property
     def largest_sample(self) -> int:
@@ -114,10 +117,11 @@ class RankLattice:
     def sample_unknown(self) -> None:
         """A larger sample wherever the first was too small; ranks beyond that one as well count as full."""
         unknown = np.flatnonzero(~self.known)
-        for index in unknown:
-            self._sample(int(index), self.largest_sample)
-            if not self.known[index]:
-                self.ranks[index], self.known[index] = self.full_rank(int(index)), True
+        with threadpool_limits(1, user_api="blas"):
+            for index in unknown:
+                self._sample(int(index), self.largest_sample)
+                if not self.known[index]:
+                    self.ranks[index], self.known[index] = self.full_rank(int(index)), True
 
     def learn(self, chain: Sequence[int], ranks: Sequence[int]) -> None:
         """Ranks found on the whole weight; where none was higher than thought, all are doubled."""
