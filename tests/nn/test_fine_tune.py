@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from tvm_structured.errors import CheckpointError, ModelError
 from tvm_structured.nn import StructuredLinear, convert, fine_tune
 from tvm_structured.nn.checkpoints import load_checkpoint, save_checkpoint
+from tvm_structured.nn.fine_tune import default_rate
 
 
 def problem(rows=192):
@@ -99,7 +100,7 @@ def test_a_finished_training_is_read_back(tmp_path):
     ("change", "says"),
     [
         ({"epochs": 3}, "epochs=2, this one has 3"),
-        ({"lr": 1e-2}, "lr=0.001, this one has 0.01"),
+        ({"lr": 2e-3}, "lr=0.01, this one has 0.002"),
         ({"seed": 5}, "seed=0, this one has 5"),
         ({"batch": 32}, "steps=3, this one has 6"),
     ],
@@ -187,6 +188,12 @@ def test_loaders_with_and_without_workers_are_read(workers):
     record = fine_tune(model, loader, epochs=2, progress=False)
     expected = fine_tune(student(), [(x, y) for x, y in loader], epochs=2, progress=False)
     assert record.losses == expected.losses
+
+
+def test_the_default_rate_falls_with_the_size_of_the_network():
+    sizes = {10: 0.01, 10_000: 0.01, 40_000: 0.005, 25_000_000: 2e-4}
+    for size, rate in sizes.items():
+        assert default_rate([nn.Parameter(torch.empty(size // 2, device="meta"))] * 2) == pytest.approx(rate)
 
 
 def test_frozen_parameters_stay():

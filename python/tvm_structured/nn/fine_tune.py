@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from tvm_structured.nn.batches import Batches, device_of, move
 from tvm_structured.nn.checkpoints import check_same, describe_model, load_checkpoint, save_checkpoint
 
 Loss = Callable[[Any, Any], Tensor]
+HIGHEST_RATE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def fine_tune(
     data: Any,
     *,
     epochs: int = 10,
-    lr: float = 1e-3,
+    lr: float | None = None,
     batch: int = 64,
     loss: Loss = F.cross_entropy,
     teacher: nn.Module | None = None,
@@ -52,7 +53,8 @@ def fine_tune(
     """Train a model in place and leave it in evaluation mode: AdamW under a one-cycle learning rate, or `optimizer`.
 
     data: a pair (inputs, targets) of arrays, or a DataLoader or list of such batches (see `Batches`).
-    lr: the highest learning rate. batch: rows of a batch where arrays are given.
+    lr: the highest learning rate; None for 1 / sqrt(trained parameters), at most 0.01: small networks need, and stand,
+    more. batch: rows of a batch where arrays are given.
     loss(output, target): a scalar. teacher: a trained network whose outputs are taken as soft targets (Hinton et al.
     2015) at `temperature`; `distill` is their share of the loss. Data without targets is distilled alone.
     optimizer(parameters): replaces AdamW. clip: the largest norm of the gradient, None for no limit.
@@ -62,8 +64,7 @@ def fine_tune(
     left as it was.
 
     Raises ModelError for data that cannot be read, for a share or temperature that does not exist and for a loss that
-    is no longer finite, CheckpointError for a
-    checkpoint that is broken or of another training.
+    is no longer finite, CheckpointError for a checkpoint that is broken or of another training.
     """
     if not 0 <= distill <= 1 or not temperature > 0:
         raise ModelError(f"distill={distill} is a share from 0 to 1, and temperature={temperature} must be above 0")
@@ -73,6 +74,7 @@ def fine_tune(
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained or epochs < 1:
         raise ModelError(f"nothing to train: {len(trained)} trainable parameters, {epochs} epochs")
+    lr = default_rate(trained) if lr is None else lr
     step_by = optimizer(trained) if optimizer is not None else torch.optim.AdamW(trained, lr, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(step_by, max_lr=lr, total_steps=epochs * len(batches))
     criterion = Criterion(loss, teacher if teacher is None else teacher.to(device).eval(), distill, temperature)
@@ -92,6 +94,11 @@ def fine_tune(
             bar.set_postfix(loss=f"{run.losses[-1]:.4f}", **({"score": f"{run.scores[-1]:.4f}"} if evaluate else {}))
     model.eval()
     return FineTuning(tuple(run.losses), tuple(run.scores), time.perf_counter() - start)
+
+
+def default_rate(trained: Sequence[nn.Parameter]) -> float:
+    """1 / sqrt(parameters), at most HIGHEST_RATE: 4e-3 for a LeNet, 3e-4 for a ResNet-50."""
+    return min(HIGHEST_RATE, sum(p.numel() for p in trained) ** -0.5)
 
 
 def checked(loss: float, epoch: int, lr: float) -> float:
