@@ -14,7 +14,8 @@ import numpy as np
 import torch
 import tvm
 from guarded_buffers import filled, plain_buffer
-from kernel_harness import KernelRun, conv_reference, dense_reference, finish, output_image
+from kernel_harness import KernelRun
+from kernel_references import conv_reference, dense_reference, finish, output_image
 from ml_dtypes import bfloat16
 from tvm import tirx
 from tvm.target import Target

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 import tvm
-from kernel_harness import EVERYTHING, finish, output_image, target_for
+from kernel_harness import EVERYTHING, target_for
+from kernel_references import finish, output_image
 from tvm import relax, tirx
 
 from tvm_structured import dialect

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from kernel_harness import EVERYTHING, check_all_guarded, output_image, target_for
+from kernel_harness import EVERYTHING, check_all_guarded, target_for
+from kernel_references import output_image
 from tuning_samples import SIZES, sample_task
 
 from tvm_structured.schedules import KERNELS, ConvGeometry, Cpu, Epilogue, Site

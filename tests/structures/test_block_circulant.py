@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.linalg import circulant
+from structure_samples import random_circulant
 
 from tvm_structured.errors import ModelError
-from tvm_structured.structures import STRUCTURES, Budget, Conv2d, as_layer
+from tvm_structured.structures import STRUCTURES, Budget, as_layer
 from tvm_structured.structures.block_circulant import BlockCirculant
 from tvm_structured.structures.circulant_pattern import Blocks
 
 few = settings(max_examples=25)
 shapes = st.tuples(st.integers(1, 40), st.integers(1, 40))
 blocks = st.integers(2, 45)
-
-
-def random_member(rng: np.random.Generator, shape: tuple[int, int], block: int, taps: int = 1) -> BlockCirculant:
-    size = Blocks.of(shape, taps, block).factor_shape
-    return BlockCirculant(shape, taps, rng.standard_normal(size))
 
 
 def matrix_of(c: np.ndarray, shape: tuple[int, int], taps: int) -> np.ndarray:
@@ -44,14 +38,14 @@ def basis_of(shape: tuple[int, int], block: int, taps: int = 1) -> np.ndarray:
 @few
 @given(shapes, blocks, st.integers(0, 10))
 def test_dense_is_made_of_circulant_blocks(shape: tuple[int, int], block: int, seed: int) -> None:
-    member = random_member(np.random.default_rng(seed), shape, block)
+    member = random_circulant(np.random.default_rng(seed), shape, block)
     np.testing.assert_array_equal(member.dense(), matrix_of(member.c, shape, 1))
 
 
 @pytest.mark.parametrize("width", [1, 3, 8, 11])
 @pytest.mark.parametrize("block", [2, 3, 8, 10])
 def test_every_tap_is_padded_by_itself(width: int, block: int) -> None:
-    member = random_member(np.random.default_rng(0), (13, 6 * width), block, taps=6)
+    member = random_circulant(np.random.default_rng(0), (13, 6 * width), block, taps=6)
     np.testing.assert_array_equal(member.dense(), matrix_of(member.c, member.shape, 6))
     assert member.c.shape == (-(-13 // block), 6 * -(-width // block), block)
 
@@ -60,7 +54,7 @@ def test_every_tap_is_padded_by_itself(width: int, block: int) -> None:
 @given(shapes, blocks, st.integers(0, 10))
 def test_apply_is_the_product_with_dense(shape: tuple[int, int], block: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    member = random_member(rng, shape, block)
+    member = random_circulant(rng, shape, block)
     x = rng.standard_normal((2, 3, shape[1]))
     expected = x @ member.dense().T
     np.testing.assert_allclose(member.apply(x), expected, atol=1e-11)
@@ -71,7 +65,7 @@ def test_apply_is_the_product_with_dense(shape: tuple[int, int], block: int, see
 
 def test_apply_takes_a_single_vector_no_rows_and_strided_input() -> None:
     rng = np.random.default_rng(1)
-    member = random_member(rng, (7, 12), 5, taps=2)
+    member = random_circulant(rng, (7, 12), 5, taps=2)
     x = rng.standard_normal((12, 4)).T  # columns as rows: not contiguous
     expected = x @ member.dense().T
     np.testing.assert_allclose(member.apply(x), expected, atol=1e-12)
@@ -82,7 +76,7 @@ def test_apply_takes_a_single_vector_no_rows_and_strided_input() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_apply_keeps_the_precision_of_its_input(dtype: str) -> None:
     rng = np.random.default_rng(2)
-    member = random_member(rng, (6, 9), 4)
+    member = random_circulant(rng, (6, 9), 4)
     narrow = BlockCirculant(member.shape, 1, member.c.astype(dtype))
     x = rng.standard_normal((2, 9)).astype(dtype)
     assert narrow.apply(x).dtype == dtype
@@ -92,7 +86,7 @@ def test_apply_keeps_the_precision_of_its_input(dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_tensors_are_applied_in_single_precision(dtype: torch.dtype) -> None:
-    member = random_member(np.random.default_rng(3), (6, 8), 4)
+    member = random_circulant(np.random.default_rng(3), (6, 8), 4)
     x = torch.randn(5, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
     half = BlockCirculant(member.shape, 1, torch.tensor(member.c).to(dtype))
     y = half.apply(x)
@@ -102,7 +96,7 @@ def test_half_precision_tensors_are_applied_in_single_precision(dtype: torch.dty
 
 
 def test_gradients_agree_with_finite_differences() -> None:
-    member = random_member(np.random.default_rng(4), (5, 6), 4, taps=2)
+    member = random_circulant(np.random.default_rng(4), (5, 6), 4, taps=2)
     c = torch.nn.Parameter(torch.tensor(member.c))
     x = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
 
@@ -137,7 +131,7 @@ def test_projection_of_a_convolution_is_the_least_squares_solution_of_each_tap(w
 @few
 @given(shapes, blocks, st.integers(0, 10))
 def test_projection_of_a_member_is_the_member(shape: tuple[int, int], block: int, seed: int) -> None:
-    weight = random_member(np.random.default_rng(seed), shape, block).dense()
+    weight = random_circulant(np.random.default_rng(seed), shape, block).dense()
     again = BlockCirculant.from_dense(as_layer(weight), block=block)
     np.testing.assert_allclose(again.dense(), weight, atol=1e-13)
 
@@ -146,94 +140,6 @@ def test_taps_make_no_difference_where_the_block_divides_the_channels() -> None:
     layer = as_layer(np.random.default_rng(6).standard_normal((8, 12, 3, 3)))
     per_tap, flat = (BlockCirculant.from_dense(layer, block=4, taps=taps) for taps in (None, 1))
     np.testing.assert_array_equal(per_tap.dense(), flat.dense())
-
-
-@pytest.mark.parametrize("block", [2, 5, 8, 10, 12, 20, 30, 64, 100])
-def test_planted_blocks_of_any_length_are_detected_through_noise(block: int) -> None:
-    rng = np.random.default_rng(block)
-    weight = random_member(rng, (240, 180), block).dense().astype(np.float32)
-    weight += 1e-6 * np.abs(weight).max() * rng.standard_normal(weight.shape).astype(np.float32)
-    found = BlockCirculant.detect(weight)
-    assert found is not None and found.block == block
-    assert found.error(weight) <= 1e-5
-
-
-@few
-@given(st.integers(8, 60), st.integers(8, 60), st.data())
-def test_detection_finds_a_member_at_least_as_small_as_the_planted_one(out: int, inner: int, data: Any) -> None:
-    block = data.draw(st.integers(2, min(out, inner)))
-    planted = random_member(np.random.default_rng(block), (out, inner), block)
-    found = BlockCirculant.detect(planted.dense())
-    if planted.num_params < out * inner:
-        assert found is not None and found.num_params <= planted.num_params
-        np.testing.assert_allclose(found.dense(), planted.dense(), atol=1e-9)
-
-
-def test_wide_and_tall_slices_of_one_circulant_are_detected() -> None:
-    square = circulant(np.random.default_rng(7).standard_normal(84))
-    for weight in (square[:10], square[:, :10]):
-        found = BlockCirculant.detect(weight)
-        assert found is not None and found.block == 84
-        np.testing.assert_allclose(found.dense(), weight, atol=1e-12)
-
-
-@pytest.mark.parametrize(("channels", "block"), [(16, 8), (10, 5), (12, 12)])
-def test_planted_convolutions_are_detected_along_channels(channels: int, block: int) -> None:
-    planted = random_member(np.random.default_rng(8), (20, 9 * channels), block, taps=9)
-    weight = planted.dense().reshape(20, 3, 3, channels).transpose(0, 3, 1, 2)
-    found = BlockCirculant.detect(Conv2d("conv", np.ascontiguousarray(weight)))
-    assert found is not None and (found.block, found.taps) == (block, 9)
-    np.testing.assert_allclose(found.c, planted.c, atol=1e-12)
-
-
-def test_a_convolution_circulant_across_its_taps_is_detected_flat() -> None:
-    planted = random_member(np.random.default_rng(9), (15, 75), 5, taps=1)
-    weight = planted.dense().reshape(15, 5, 5, 3).transpose(0, 3, 1, 2)
-    found = BlockCirculant.detect(weight)
-    assert found is not None and (found.block, found.taps) == (5, 1)
-
-
-@pytest.mark.parametrize("weight", [np.zeros((24, 36)), np.full((24, 36), 2.5), np.zeros((7, 5), np.float32)])
-def test_constant_matrices_are_members_with_one_vector_per_strip(weight: np.ndarray) -> None:
-    found = BlockCirculant.detect(weight)
-    assert found is not None
-    assert found.num_params == max(weight.shape)
-    np.testing.assert_allclose(found.dense(), weight)
-
-
-def test_other_weights_are_not_mine() -> None:
-    rng = np.random.default_rng(10)
-    single = np.zeros((64, 48))
-    single[5, 7] = 1.0
-    nearly = random_member(rng, (64, 48), 8).dense()
-    nearly[63, 47] += 1e-3 * np.linalg.norm(nearly)
-    toeplitz = sum(np.diag(np.full(64 - abs(k), rng.standard_normal()), k) for k in range(-63, 64))
-    for weight in (rng.standard_normal((64, 48)), single, nearly, toeplitz, rng.standard_normal((1, 9))):
-        assert BlockCirculant.detect(weight) is None
-    assert BlockCirculant.detect(nearly, tol=2e-3) is not None
-
-
-def test_grouped_convolutions_are_not_mine() -> None:
-    layer = Conv2d("conv", np.ones((8, 4, 3, 3)), groups=2)
-    assert BlockCirculant.detect(layer) is None
-    assert BlockCirculant.project(layer, 0.5) is None
-
-
-def test_detection_projects_only_where_the_pattern_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    rng = np.random.default_rng(11)
-    weight = random_member(rng, (1024, 1024), 12).dense().astype(np.float32)
-    projected = []
-    from_dense = BlockCirculant.from_dense.__func__  # type: ignore[attr-defined]
-
-    def recorded(cls: type[BlockCirculant], layer: Any, **size: int) -> BlockCirculant:
-        projected.append(size["block"])
-        return from_dense(cls, layer, **size)
-
-    monkeypatch.setattr(BlockCirculant, "from_dense", classmethod(recorded))
-    found = BlockCirculant.detect(weight)
-    assert found is not None and projected == [12]  # of 1023 possible lengths
-    BlockCirculant.detect(rng.standard_normal((1024, 1024)))
-    assert projected == [12]
 
 
 @few
@@ -261,7 +167,7 @@ def test_a_fraction_of_the_parameters_gives_its_block(fraction: float, block: in
 
 def test_projection_follows_the_pattern_of_the_weight() -> None:
     rng = np.random.default_rng(13)
-    planted = random_member(rng, (120, 240), 20).dense()
+    planted = random_circulant(rng, (120, 240), 20).dense()
     noisy = planted + 0.1 * rng.standard_normal(planted.shape)
     member = BlockCirculant.project(noisy, 0.25)
     assert member is not None and member.block == 20
@@ -270,7 +176,7 @@ def test_projection_follows_the_pattern_of_the_weight() -> None:
 
 def test_an_error_budget_gives_the_smallest_member_that_is_near_enough() -> None:
     rng = np.random.default_rng(14)
-    planted = random_member(rng, (96, 96), 16).dense()
+    planted = random_circulant(rng, (96, 96), 16).dense()
     noisy = planted + 0.02 * rng.standard_normal(planted.shape)
     member = BlockCirculant.project(noisy, Budget(max_error=0.05))
     assert member is not None and member.block == 16
@@ -284,17 +190,17 @@ def test_an_operation_budget_is_kept() -> None:
 
 
 def test_operations_are_those_of_the_spectral_evaluation() -> None:
-    member = random_member(np.random.default_rng(16), (16, 24), 8)
+    member = random_circulant(np.random.default_rng(16), (16, 24), 8)
     transforms = (3 + 2) * 2.5 * 8 * 3
     products = 2 * (3 * 3 + 2) * 3 * 2
     assert member.flops(7) == 7 * (transforms + products)
     rng = np.random.default_rng(16)
-    assert random_member(rng, (15, 15), 15).flops(1) == 2 * 15 * (3 + 5) + 2 * (3 * 7 + 1)
-    assert random_member(rng, (130, 130), 130).flops(1) == 2 * 130**2 + 2 * (3 * 64 + 2)
+    assert random_circulant(rng, (15, 15), 15).flops(1) == 2 * 15 * (3 + 5) + 2 * (3 * 7 + 1)
+    assert random_circulant(rng, (130, 130), 130).flops(1) == 2 * 130**2 + 2 * (3 * 64 + 2)
 
 
 def test_a_member_is_rebuilt_from_its_sizes_and_factors() -> None:
-    member = random_member(np.random.default_rng(17), (9, 14), 3, taps=2)
+    member = random_circulant(np.random.default_rng(17), (9, 14), 3, taps=2)
     sizes = {key: list(v) if isinstance(v, tuple) else v for key, v in member.sizes_of.items()}
     again = BlockCirculant.from_factors(sizes, list(member.factors.values()))
     np.testing.assert_array_equal(again.dense(), member.dense())

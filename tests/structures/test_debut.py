@@ -12,9 +12,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from structure_samples import PUBLISHED_CHAINS, random_debut
 
 from tvm_structured.errors import ModelError
-from tvm_structured.structures import STRUCTURES, Budget, Conv2d, Dense, as_layer
+from tvm_structured.structures import STRUCTURES, Budget, Dense, as_layer
 from tvm_structured.structures.debut import DeBut
 from tvm_structured.structures.debut_chain import (
     as_chain,
@@ -26,41 +27,11 @@ from tvm_structured.structures.debut_chain import (
     num_params,
 )
 from tvm_structured.structures.debut_fit import outer_products
-from tvm_structured.structures.debut_lattice import smallest_path, splits_of
 
 few = settings(max_examples=25)
 radices = st.integers(1, 4).flatmap(
     lambda n: st.tuples(*[st.lists(st.integers(1, 4), min_size=n, max_size=n).map(tuple)] * 2, st.integers(1, 3))
 )
-# the chains printed in the paper and its code: shape, numbers, compression of the layer in %, bulging, r, s
-PUBLISHED = {
-    "lenet.fc1.mono2": ((128, 400), 7680, 85.0, False, (16, 2, 1, 2, 2), (25, 2, 2, 2, 2)),
-    "lenet.fc1.mono1": ((128, 400), 4224, 91.75, False, (8, 2, 2, 2, 2), (25, 2, 2, 2, 2)),
-    "lenet.fc1.bulge1": ((128, 400), 7296, 85.75, True, (8, 4, 2, 2), (5, 5, 4, 4)),
-    "lenet.fc1.bulge3": ((128, 400), 8960, 82.5, True, (16, 2, 2, 1, 2), (25, 1, 2, 2, 4)),
-    "lenet.conv2.bulge1": ((16, 72), 512, 55.56, True, (4, 1, 2, 2), (3, 2, 6, 2)),
-    "lenet.conv2.bulge3": ((16, 72), 672, 41.67, True, (4, 2, 1, 2), (3, 2, 2, 6)),
-    "lenet.conv2.mono1": ((16, 72), 288, 75.0, False, (2, 1, 2, 4), (3, 3, 2, 4)),
-    "lenet.fc2": ((64, 128), 896, 89.06, False, (2,) * 6, (4, 2, 2, 2, 2, 2)),
-    "vgg.conv13.mono3": ((512, 4608), 75776, 96.79, False, (8, 2, 2, 2, 2, 2, 2), (9, 2, 2, 2, 4, 4, 4)),
-    "vgg.conv12.mono1": ((512, 4608), 63488, 97.31, False, (8, 2, 2, 2, 2, 2, 2), (9, 4, 2, 2, 2, 4, 4)),
-    "vgg.conv13.bulge1": ((512, 4608), 81920, 96.53, True, (4, 4, 2, 2, 2, 2, 2), (3, 3, 4, 2, 4, 4, 4)),
-    "vgg.conv8.mono2": ((512, 2304), 37888, 96.79, False, (8, 2, 2, 2, 2, 2, 2), (9, 2, 2, 2, 4, 4, 2)),
-    "vgg.conv2.mono1": ((64, 576), 3456, 90.62, False, (4, 1, 2, 8), (8, 2, 4, 9)),
-    "vgg.fc1.butterfly": ((512, 512), 9216, 96.48, False, (2,) * 9, (2,) * 9),
-    "resnet50.l4.0.conv1.bulge": ((512, 1024), 23552, 95.51, True, (4, 2, 2, 2, 2, 2, 2, 2), (2, 2, 2, 4, 2, 2, 4, 2)),
-    "resnet50.l4.x.conv2.bulge": ((512, 4608), 120832, 94.88, True, (16, 2, 2, 2, 2, 2), (9, 2, 4, 4, 4, 4)),
-    "resnet50.l4.x.conv3": ((2048, 512), 24576, 97.66, False, (4, *(2,) * 5, 4, 2, 2), (2,) * 9),
-    "resnet50.l4.12.conv1.bulge": ((512, 2048), 110592, 89.45, True, (4, 4, 4, 4, 2), (1, 4, 4, 16, 8)),
-    "resnet50.l4.12.conv1.mono": ((512, 2048), 27648, 97.36, False, (4, 4, 2, 4, 2, 2), (4, 4, 4, 4, 4, 2)),
-    "resnet50.l4.0.conv1.mono": ((512, 1024), 18432, 96.48, False, (4, 4, 4, 4, 2), (4, 4, 4, 4, 4)),
-}
-
-
-def random_member(chain: Any, seed: int = 0, dtype: Any = np.float64) -> DeBut:
-    rng = np.random.default_rng(seed)
-    grids = tuple((rng.standard_normal((f.blocks, f.r, f.s, f.t)) / math.sqrt(f.s)).astype(dtype) for f in chain)
-    return DeBut((chain[-1].p, chain[0].q), chain, grids)
 
 
 def matrix_by_definition(member: DeBut) -> np.ndarray:
@@ -77,11 +48,11 @@ def matrix_by_definition(member: DeBut) -> np.ndarray:
 # -- chains ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", PUBLISHED_CHAINS)
 def test_published_chains_have_their_published_size(name: str) -> None:
-    shape, count, compression, bulging, rows, columns = PUBLISHED[name]
+    shape, count, compression, bulging, rows, columns = PUBLISHED_CHAINS[name]
     chain = as_chain([list(f) for f in chain_of(rows, columns)], shape)
-    member = random_member(chain)
+    member = random_debut(chain)
     assert member.num_params == num_params(chain) == count
     assert round(100 * (1 - count / math.prod(shape)), 2) == compression
     assert is_bulging(chain) == bulging and has_dense_support(chain)
@@ -159,7 +130,7 @@ def test_dense_support_is_what_the_product_shows(sizes: Any) -> None:
 @few
 @given(radices, st.integers(0, 99))
 def test_dense_and_apply_are_the_product_of_the_factors(sizes: Any, seed: int) -> None:
-    member = random_member(chain_of(*sizes), seed)
+    member = random_debut(chain_of(*sizes), seed)
     expected = matrix_by_definition(member)
     np.testing.assert_allclose(member.dense(), expected, atol=1e-12)
     x = np.random.default_rng(seed).standard_normal((3, member.shape[1]))
@@ -177,7 +148,7 @@ def test_the_hadamard_matrix_is_a_butterfly() -> None:
 
 
 def test_grids_of_the_wrong_shape_are_refused() -> None:
-    member = random_member(butterfly(8))
+    member = random_debut(butterfly(8))
     with pytest.raises(ModelError, match="shapes"):
         DeBut(member.shape, member.chain, member.grids[:2])
     with pytest.raises(ModelError, match="8 features"):
@@ -190,7 +161,7 @@ def test_grids_of_the_wrong_shape_are_refused() -> None:
 @few
 @given(radices, st.integers(0, 99))
 def test_members_are_peeled_exactly(sizes: Any, seed: int) -> None:
-    member = random_member(chain_of(*sizes), seed)
+    member = random_debut(chain_of(*sizes), seed)
     found = DeBut.from_dense(as_layer(member.dense()), chain=member.chain)
     assert found.error(member.dense()) <= 1e-12
 
@@ -225,7 +196,7 @@ def test_sweeps_never_lose_and_end_where_no_factor_can_improve() -> None:
 
 def test_sweeps_from_random_factors_find_a_member_too_but_need_many() -> None:
     """The paper's way: a few sweeps leave an error on a long chain, peeling leaves none."""
-    member = random_member(butterfly(64))
+    member = random_debut(butterfly(64))
     layer = as_layer(member.dense())
     errors = [
         DeBut.from_dense(layer, chain=member.chain, start="random", sweeps=count).error(layer) for count in (1, 3, 10)
@@ -263,59 +234,11 @@ def test_the_bound_of_peeling_holds() -> None:
         assert DeBut.from_dense(layer, chain=chain).error(layer) <= math.sqrt(2) * best + 1e-9
 
 
-# -- detection ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", [name for name, (shape, *_) in PUBLISHED.items() if math.prod(shape) < 1 << 18])
-def test_published_chains_are_found_unasked(name: str) -> None:
-    _, count, _, _, rows, columns = PUBLISHED[name]
-    planted = random_member(chain_of(rows, columns), dtype=np.float32)
-    found = DeBut.detect(planted.dense())
-    assert found is not None and found.num_params <= count and found.error(planted.dense()) <= 1e-6
-
-
-@few
-@given(radices, st.integers(0, 99))
-def test_any_planted_chain_is_found_or_no_smaller_than_dense(sizes: Any, seed: int) -> None:
-    member = random_member(chain_of(*sizes[:2]), seed)
-    weight = member.dense()
-    found = DeBut.detect(weight)
-    if member.num_params < weight.size:
-        assert found is not None and found.num_params <= member.num_params
-    assert found is None or found.error(weight) <= 1e-5
-
-
-def test_a_convolution_is_flattened_channel_fastest() -> None:
-    planted = random_member(chain_of((4, 2, 2), (9, 4, 2)), dtype=np.float32)
-    weight = np.ascontiguousarray(planted.dense().reshape(16, 3, 3, 8).transpose(0, 3, 1, 2))
-    found = DeBut.detect(Conv2d("conv", weight))
-    assert found is not None and found.num_params <= planted.num_params
-
-
-def test_what_looks_like_a_member_in_part_is_none() -> None:
-    """One wrong block, and zeros that hide the rest from samples."""
-    weight = random_member(butterfly(64), dtype=np.float32).dense()
-    weight[:4, :4] += 1.0
-    found = DeBut.detect(weight)
-    assert found is None or found.error(weight) <= 1e-5
-    sparse = np.zeros((64, 64), np.float32)
-    sparse[np.random.default_rng(0).permutation(64), np.arange(64)] = 1.0
-    found = DeBut.detect(sparse)
-    assert found is None or found.error(sparse) <= 1e-5
-
-
-def test_smallest_path_is_the_cheapest_of_all_paths() -> None:
-    shape = (12, 18)
-    possible = set(splits_of(shape))
-    assert num_params(smallest_path(shape, possible)) == min(num_params(smallest_path(shape, possible)), 12 + 18)
-    assert smallest_path(shape, {(1, 1), shape}) == chain_of((12,), (18,))
-
-
 # -- budgets and storage --------------------------------------------------------------------------------
 
 
 def test_project_prefers_the_own_chain_of_the_weight() -> None:
-    planted = random_member(chain_of((8, 2, 2), (2, 2, 12)), dtype=np.float32).dense()
+    planted = random_debut(chain_of((8, 2, 2), (2, 2, 12)), dtype=np.float32).dense()
     found = DeBut.project(planted, 0.9)
     assert found is not None and found.error(planted) <= 1e-6
 
@@ -329,7 +252,7 @@ def test_project_takes_the_chain_that_the_budget_affords() -> None:
 
 
 def test_sizes_go_through_json() -> None:
-    member = random_member(chain_of((3, 2), (2, 4)))
+    member = random_debut(chain_of((3, 2), (2, 4)))
     again = STRUCTURES["debut"].from_factors(json.loads(json.dumps(member.sizes_of)), list(member.factors.values()))
     assert again.chain == member.chain and again.describe() == member.describe() == "3x2*2x4"
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tvm
-from kernel_harness import dense_reference, finish, target_for
+from kernel_harness import target_for
+from kernel_references import dense_reference, finish
 from tuning_samples import SIZES, sample_task
 
 from tvm_structured.errors import TuningError
