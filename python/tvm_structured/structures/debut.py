@@ -148,8 +148,11 @@ class DeBut(Structure):
         if limit is not None:
             chains = [chain for chain in chains if least_error(layer.matrix, chain) <= limit]
         tried = max(1, min(MOST_PROJECTIONS, (1 << 22) // layer.num_params))
+        chains = chains[:tried] if limit is not None else chains[-tried:]
+        if limit is None and len(chains) == 1:  # with nothing to compare the error need not be known
+            return cls.from_dense(layer, chain=chains[0])
         best, nearest = None, math.inf
-        for chain in chains[:tried] if limit is not None else chains[-tried:]:
+        for chain in chains:
             member = cls.from_dense(layer, chain=chain)
             error = member.error(layer)
             if limit is not None and error <= limit:
