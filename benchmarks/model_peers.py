@@ -107,7 +107,13 @@ def onnx_runtime_conv(module: nn.Sequential, x: torch.Tensor) -> Call:
         shape = tuple(module(x).shape)
     nodes = [
         helper.make_node(
-            "Conv", ["x", "w", "b"], ["c"], strides=conv.stride, pads=2 * conv.padding, kernel_shape=conv.kernel_size
+            "Conv",
+            ["x", "w", "b"],
+            ["c"],
+            strides=conv.stride,
+            pads=2 * conv.padding,
+            kernel_shape=conv.kernel_size,
+            group=conv.groups,
         ),
         helper.make_node("Relu", ["c"], ["y"]),
     ]
