@@ -53,6 +53,21 @@ def example(dtype: torch.dtype) -> tuple[Any, torch.Tensor, torch.Tensor, Any]:
         return model, x, reference(x.double()), compiled
 
 
+class Attention(torch.nn.Module):
+    """A causal encoder layer with a normalisation of groups behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.groups = torch.nn.LayerNorm(32), torch.nn.GroupNorm(3, 9)
+        self.qkv, self.out = torch.nn.Linear(32, 96), torch.nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, tokens, width = x.shape
+        q, k, v = self.qkv(self.norm(x)).reshape(batch, tokens, 3, 2, width // 2).permute(2, 0, 3, 1, 4)
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.groups(x + self.out(y.transpose(1, 2).reshape(batch, tokens, width)))
+
+
 def relative(actual: Any, expected: torch.Tensor) -> float:
     return float((torch.as_tensor(actual).double() - expected).norm() / expected.norm())
 
@@ -86,6 +101,17 @@ def test_structure_that_a_half_precision_weight_was_rounded_from_is_found(dtype:
     with torch.no_grad():
         expected = model.double()(x.double())
     assert relative(compiled.emulate(x), expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_attention_and_normalisation_are_compiled_by_tvms_rules(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, x = Attention().eval().to(dtype), torch.randn(2, 9, 32).to(dtype)
+    compiled = ts.compile(model, inputs=(x,), target=TARGET, measure=False)
+    with torch.no_grad():
+        expected = model.double()(x.double())
+    y = compiled.emulate(x)
+    assert y.dtype == dtype and relative(y, expected) < TOLERANCE[dtype]
 
 
 @no_gpu
