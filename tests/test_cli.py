@@ -14,6 +14,8 @@ from click.testing import CliRunner, Result
 from torch import nn
 
 from tvm_structured import cli
+from tvm_structured.cli_inputs import read_array
+from tvm_structured.errors import ModelError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -110,3 +112,18 @@ def test_the_roofline_is_printed_on_request(tmp_path: Path, monkeypatch: pytest.
     result = call("costs", "--roofline")
     assert "GFLOP/s" in result.output and "GB/s from memory" in result.output
     assert (tmp_path / "roofline.json").exists()
+
+
+def test_a_destination_that_cannot_be_is_told_before_compiling(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tvm_structured.compiler.compile", lambda *_, **__: pytest.fail("the model was compiled"))
+    for output, what in ((folder / "nowhere" / "m.so", "no such folder"), (folder / "m.txt", "export to one of .so")):
+        failed = call("compile", folder / "m.onnx", "-o", output)
+        assert isinstance(failed.exception, ModelError) and what in str(failed.exception)
+
+
+def test_a_file_that_is_no_array_is_named_and_never_unpickled(folder: Path) -> None:
+    (folder / "text.npy").write_text("not numbers")
+    with pytest.raises(ModelError, match=r"text\.npy: not a \.npy file of numbers"):
+        read_array(folder / "text.npy")
+    with pytest.raises(ModelError, match=r"missing\.npy: cannot be read \(No such file"):
+        read_array(folder / "missing.npy")

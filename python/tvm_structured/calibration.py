@@ -120,7 +120,7 @@ def calibrate(mod: Any, inputs: Sequence[Input], data: Any, options: Quantizatio
     """
     import tvm
 
-    from tvm_structured.module import to_tvm
+    from tvm_structured.arrays import to_tvm
     from tvm_structured.relay_passes.observe_tensors import ObserveTensors
     from tvm_structured.relay_passes.pipeline import structured_pipeline
 

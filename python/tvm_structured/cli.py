@@ -55,7 +55,7 @@ def chooses_structures(command: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(package_name="tvm-structured")
 def cli() -> None:
     """Structured weights that run faster, on Apache TVM."""
@@ -103,7 +103,9 @@ def plan(model: Path, inputs: Any, target: Any, budget: Any, measure: bool, outp
 def compile_command(model: Path, calibration: Path | None, output: Path, **options: Any) -> None:
     """Compile a model to a shared library and print the report."""
     from tvm_structured.compiler import compile as build
+    from tvm_structured.module import check_destination
 
+    check_destination(output)
     samples = None if calibration is None else read_samples(calibration)
     compiled = build(model, calibration=samples, **options)
     compiled.export(output)

@@ -62,8 +62,10 @@ def examples(model: Path, shapes: tuple[str, ...]) -> Any:
 def read_array(path: Path) -> np.ndarray:
     try:
         return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ModelError(f"{path}: not a readable .npy file ({error})") from None
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (ValueError, EOFError):  # whose text proposes to unpickle the file
+        raise ModelError(f"{path}: not a .npy file of numbers; write one with numpy.save") from None
 
 
 def read_samples(path: Path) -> Any:

@@ -8,13 +8,11 @@ from __future__ import annotations
 import functools
 import json
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from tvm_structured.arrays import are_ready, from_tvm, is_torch, to_gpu, to_host, to_tvm
 from tvm_structured.devices import device_of, prepare_cuda
 from tvm_structured.errors import ModelError
 from tvm_structured.files import atomic
@@ -31,7 +29,6 @@ if TYPE_CHECKING:
 
 METADATA = "structured_metadata"  # a function of the module that returns its description, JSON as uint8
 FORMAT = "tvm_structured.module"
-ALIGNMENT = 64  # bytes
 LIBRARY_SUFFIXES = (".so", ".dylib", ".dll", ".tar")
 
 
@@ -173,22 +170,28 @@ class Compiled(Runnable):
         Raises ModelError for an unknown suffix, a missing folder or a missing C++ compiler; a file
         that exists is replaced only when the new one is complete.
         """
-        from tvm.support import cc
-
-        path = Path(path)
-        if path.suffix not in LIBRARY_SUFFIXES:
-            raise ModelError(f"{path}: export to one of {', '.join(LIBRARY_SUFFIXES)}")
-        if path.suffix != ".tar" and cc.get_cc() is None:
-            raise ModelError(f"{path}: linking needs a C++ compiler; install g++ or clang++, or set CXX")
+        path = check_destination(path)
         try:
             with atomic(path) as temporary, without_scope_warnings():
                 self.executable.export_library(str(temporary))
-        except FileNotFoundError as error:
-            raise ModelError(f"{path}: cannot export ({error})") from None
         except RuntimeError as error:  # TVM's wrapper of a failing or missing compiler
             reason = str(error).strip().splitlines()[0]
-            raise ModelError(f"{path}: linking failed ({reason}); check the C++ compiler {cc.get_cc()}") from error
+            raise ModelError(f"{path}: linking failed ({reason}); check the C++ compiler") from error
         return path
+
+
+def check_destination(path: Any) -> Path:
+    """The path, if a module can be exported there. Raises ModelError as `Compiled.export` does."""
+    from tvm.support import cc
+
+    path = Path(path)
+    if path.suffix not in LIBRARY_SUFFIXES:
+        raise ModelError(f"{path}: export to one of {', '.join(LIBRARY_SUFFIXES)}")
+    if not path.parent.is_dir():
+        raise ModelError(f"{path}: cannot export ({path.parent}: no such folder; create it first)")
+    if path.suffix != ".tar" and cc.get_cc() is None:
+        raise ModelError(f"{path}: linking needs a C++ compiler; install g++ or clang++, or set CXX")
+    return path
 
 
 def load(path: Any) -> Runnable:
@@ -221,99 +224,3 @@ def read_metadata(raw: bytes, path: Path) -> dict[str, Any]:
     if metadata.get("format") != FORMAT:
         raise ModelError(f"{path}: a TVM module, but not one of tvm_structured")
     return metadata
-
-
-def is_torch(value: Any) -> bool:
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(value, torch.Tensor)
-
-
-def are_ready(expected: tuple[tuple[str, Any], ...] | None, arrays: Sequence[Any]) -> bool:
-    """Whether all are torch tensors of these (dtype, shape) that TVM's call takes as they are."""
-    torch = sys.modules.get("torch")
-    if torch is None or expected is None or len(arrays) != len(expected):
-        return False
-    for (dtype, shape), array in zip(expected, arrays, strict=True):
-        if (
-            type(array) is not torch.Tensor
-            or array.dtype is not getattr(torch, dtype, None)
-            or array.shape != shape
-            or array.requires_grad
-            or not array.is_cpu
-            or not array.is_contiguous()
-            or array.data_ptr() % ALIGNMENT
-        ):
-            return False
-    return True
-
-
-def to_tvm(array: Any) -> Any:
-    """The array as TVM's calls take it: itself where memory is contiguous and aligned as kernels expect, else a copy.
-
-    TVM's calling convention reads torch tensors and numpy arrays within a microsecond; `from_dlpack` takes four.
-    """
-    if is_torch(array):
-        array = array.detach() if array.requires_grad else array
-        array = array if array.is_contiguous() else array.contiguous()
-        aligned = array.data_ptr() % ALIGNMENT == 0
-    else:
-        array = np.ascontiguousarray(array)
-        aligned = array.ctypes.data % ALIGNMENT == 0 and array.flags.writeable
-    if aligned and 0 not in array.shape:
-        return array
-    if 0 in array.shape or str(array.dtype).removeprefix("torch.") not in np.sctypeDict:
-        import tvm
-
-        return tvm.runtime.tensor(np.asarray(array))
-    return aligned_copy(np.asarray(array))
-
-
-def to_gpu(array: Any, device: Any, name: str) -> Any:
-    """A tensor on the device: itself where it is torch's and already there, else a copy."""
-    import tvm
-
-    if not is_torch(array):
-        return tvm.runtime.tensor(np.ascontiguousarray(array), device)
-    array = array.detach() if array.requires_grad else array
-    if not array.is_cuda:
-        return tvm.runtime.from_dlpack(array.contiguous()).copyto(device)
-    if array.get_device() != device.index:
-        raise ModelError(f"{name}: is on {array.device}, the module runs on cuda:{device.index}; move it there")
-    return array if array.is_contiguous() else array.contiguous()
-
-
-def to_host(output: Any, as_torch: bool) -> Any:
-    """Copies in the CPU's memory."""
-    import tvm
-
-    if not hasattr(output, "copyto"):
-        return tuple(to_host(element, as_torch) for element in output)
-    return convert(output.copyto(tvm.cpu()), as_torch)
-
-
-def aligned_copy(array: np.ndarray) -> np.ndarray:
-    """A copy at an address that TVM's kernels take; ten times as fast as TVM's own for small arrays."""
-    memory = np.empty(array.nbytes + ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % ALIGNMENT
-    copy = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
-    copy[...] = array
-    return copy
-
-
-def from_tvm(output: Any, as_torch: bool) -> Any:
-    """Tensors to numpy or torch; tuples and lists stay what they are, nested."""
-    if hasattr(output, "numpy"):
-        return convert(output, as_torch)
-    if isinstance(output, Sequence) or type(output).__name__ == "Array":
-        return tuple(from_tvm(element, as_torch) for element in output)
-    return output
-
-
-def convert(tensor: Any, as_torch: bool) -> Any:
-    if not as_torch:
-        # without a copy; types that numpy lacks, such as bfloat16, and empty tensors take TVM's own way
-        known = str(tensor.dtype) in np.sctypeDict and 0 not in tensor.shape
-        return np.from_dlpack(tensor) if known else tensor.numpy()
-    import torch
-
-    return torch.from_numpy(tensor.numpy()) if 0 in tensor.shape else torch.from_dlpack(tensor)
