@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tvm
 from graph_harness import (
     batch_norm,
     check_fused,
@@ -18,6 +17,7 @@ from graph_harness import (
     relax_main,
     weight,
 )
+from graph_samples import B6, OP, S6, W56, W66, N, conv, dense
 from tvm import ir, relax
 
 from tvm_structured import dialect
@@ -28,21 +28,8 @@ from tvm_structured.schedules.base import Epilogue
 # torch's own export and serialisation code warns of its own deprecations
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 
-RNG = np.random.default_rng(0)
-OP = relax.op
-W56, W66, B6, S6 = weight(RNG, 5, 6), weight(RNG, 6, 6), weight(RNG, 6), weight(RNG, 6)
-CONV = weight(RNG, 6, 3, 3, 3)
-N = tvm.tirx.Var("n", "int64")
+RNG = np.random.default_rng(1)
 dialect.register()
-
-
-def dense(emit: Any, x: Any) -> Any:
-    return emit(OP.matmul(x, const(W56)))
-
-
-def conv(emit: Any, x: Any) -> Any:
-    return emit(OP.nn.conv2d(x, const(CONV), padding=(1, 1)))
-
 
 BIAS, SCALE = Epilogue(bias=True), Epilogue(scale=True)
 CLIP6 = Epilogue(activation="clip", low=0.0, high=6.0)

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import tvm
 from graph_harness import (
     CLOSE,
     batch_norm,
@@ -25,6 +24,7 @@ from graph_harness import (
     run_on_kernels,
     weight,
 )
+from graph_samples import B6, CONV, OP, S6, W56, N, conv, dense
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -39,21 +39,8 @@ from tvm_structured.schedules.base import ConvGeometry, Epilogue
 # torch's own export and serialisation code warns of its own deprecations
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 
-RNG = np.random.default_rng(0)
-OP = relax.op
-W56, W66, B6, S6 = weight(RNG, 5, 6), weight(RNG, 6, 6), weight(RNG, 6), weight(RNG, 6)
-CONV = weight(RNG, 6, 3, 3, 3)
-N = tvm.tirx.Var("n", "int64")
+RNG = np.random.default_rng(1)
 dialect.register()
-
-
-def dense(emit: Any, x: Any) -> Any:
-    return emit(OP.matmul(x, const(W56)))
-
-
-def conv(emit: Any, x: Any) -> Any:
-    return emit(OP.nn.conv2d(x, const(CONV), padding=(1, 1)))
-
 
 # -- Before / Expected ---------------------------------------------------------------------------------------
 

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from typing_extensions import Self
@@ -25,6 +25,7 @@ from tvm_structured.structures.budget import Budget
 from tvm_structured.structures.layer import Array, Layer, as_layer, to_detect
 
 Size = Mapping[str, Any]
+Member = TypeVar("Member", bound="Structure")
 SLICE = 1 << 20  # numbers that are widened to float64 at a time: they stay in cache
 
 
@@ -100,16 +101,7 @@ class Structure(ABC):
         budget = as_budget(budget)
         if not cls.takes(layer):
             return None
-        best, best_error = None, math.inf
-        for member in cls.members(layer):
-            if not fits(member, layer, budget):
-                continue
-            error = member.error(layer)
-            if budget.max_error is not None and error <= budget.max_error:
-                return member
-            if budget.max_error is None and error < best_error:
-                best, best_error = member, error
-        return best
+        return best_of((member for member in cls.members(layer) if fits(member, layer, budget)), layer, budget)
 
     @classmethod
     def takes(cls, layer: Layer) -> bool:
@@ -209,3 +201,15 @@ def fits(member: Structure, layer: Layer, budget: Budget) -> bool:
     if budget.max_params is not None and member.num_params > budget.max_params * layer.num_params:
         return False
     return budget.max_flops is None or member.flops(layer.rows(1)) <= budget.max_flops * layer.flops(1)
+
+
+def best_of(members: Iterable[Member], layer: Layer, budget: Budget) -> Member | None:
+    """Of members that are small enough, smallest first: the first within `max_error`, or without one the nearest."""
+    best, best_error = None, math.inf
+    for member in members:
+        error = member.error(layer)
+        if budget.max_error is not None and error <= budget.max_error:
+            return member
+        if budget.max_error is None and error < best_error:
+            best, best_error = member, error
+    return best

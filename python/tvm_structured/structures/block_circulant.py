@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 from tvm_structured.errors import ModelError
 from tvm_structured.structures.activation_fit import checked_moments, nearest_circulant
-from tvm_structured.structures.base import Size, Structure, as_budget, factor, fits
+from tvm_structured.structures.base import Size, Structure, as_budget, best_of, factor, fits
 from tvm_structured.structures.budget import Budget
 from tvm_structured.structures.circulant_pattern import Blocks, CirculantPattern
 from tvm_structured.structures.layer import Array, Conv2d, Dense, Layer, as_layer, to_detect
@@ -112,16 +112,8 @@ class BlockCirculant(Structure):
         layer, budget = as_layer(layer), as_budget(budget)
         if not cls.takes(layer):
             return None
-        best: Self | None = None
-        best_error = np.inf
-        for blocks in cls._within(layer, budget):
-            member = cls.from_dense(layer, block=blocks.length)
-            error = member.error(layer)
-            if budget.max_error is not None and error <= budget.max_error:
-                return member
-            if budget.max_error is None and error < best_error:
-                best, best_error = member, error
-        return best
+        affordable = cls._within(layer, budget)
+        return best_of((cls.from_dense(layer, block=blocks.length) for blocks in affordable), layer, budget)
 
     @classmethod
     def _within(cls, layer: Layer, budget: Budget) -> list[Blocks]:
