@@ -191,3 +191,10 @@ def test_only_a_module_for_a_gpu_is_emulated() -> None:
     model, x = torch.nn.Linear(4, 4), torch.randn(1, 4)
     with pytest.raises(ts.ModelError, match="nothing to emulate"):
         ts.compile(model, inputs=(x,), target="llvm", measure=False).emulate(x)
+
+
+def test_what_tvm_cannot_compile_for_the_cpu_is_not_emulated_and_says_so() -> None:
+    x = torch.randn(2, 8, dtype=torch.bfloat16)
+    compiled = ts.compile(torch.nn.SiLU(), inputs=(x,), target=TARGET)
+    with pytest.raises(ts.ModelError, match="cannot compile the emulation"):
+        compiled.emulate(x)

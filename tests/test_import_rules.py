@@ -31,7 +31,7 @@ ALLOWED = {
     },
     "devices": {"cuda_binaries", "errors"},
     "cuda_binaries": {"errors"},
-    "gpu_build": {"cuda_binaries", "devices", "module", "relay_passes", "targets"},
+    "gpu_build": {"cuda_binaries", "devices", "errors", "module", "relay_passes", "targets"},
     "profile": {"files", "report", "report_html", "roofline"},
     "profiling": {"inputs", "profile", "roofline"},
     "report": {"files", "report_html", "roofline"},

@@ -8,6 +8,7 @@ from typing import Any
 
 from tvm_structured.cuda_binaries import embedding
 from tvm_structured.devices import prepare_cuda
+from tvm_structured.errors import ModelError
 from tvm_structured.module import Runnable
 from tvm_structured.targets import is_cuda, resolve_target
 
@@ -29,13 +30,22 @@ def device_code(target: Any, cuda_graph: bool) -> Iterator[None]:
 
 
 def emulation(mod: Any, choices: Mapping[str, Any], target: Any, metadata: Mapping[str, Any]) -> Runnable:
-    """A canonical module and a plan for a GPU, compiled for this CPU: see `relay_passes.emulate_kernels`."""
+    """A canonical module and a plan for a GPU, compiled for this CPU: see `relay_passes.emulate_kernels`.
+
+    Raises ModelError where TVM has no CPU code for an operator (TVM 0.27: a sigmoid in bfloat16).
+    """
     import tvm
 
     from tvm_structured.relay_passes.pipeline import emulation_pipeline
 
     host = resolve_target("host")
     lowered = emulation_pipeline(choices, target, host)(mod)
-    with host:
-        executable = tvm.compile(lowered, host, relax_pipeline="default_build")
+    try:
+        with host:
+            executable = tvm.compile(lowered, host, relax_pipeline="default_build")
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ModelError(
+            f"TVM cannot compile the emulation for this CPU ({reason}); the module itself is done"
+        ) from error
     return Runnable(executable, {**metadata, "device": "cpu"})
