@@ -67,10 +67,11 @@ def test_cuda_targets_need_no_gpu(target: object, capability: int) -> None:
     assert resolved.host.kind.name == "llvm" and resolve_target(resolved).attrs["arch"] == resolved.attrs["arch"]
 
 
-def test_cuda_without_an_arch_is_that_of_the_gpu_here_else_the_default() -> None:
+def test_cuda_without_an_arch_is_that_of_the_gpu_here_else_the_default(capfd: pytest.CaptureFixture[str]) -> None:
     arch = resolve_target("cuda").attrs["arch"]
     assert arch == (f"sm_{compute_capability()}" if has_gpu() else DEFAULT_ARCH)
     assert resolve_target({"kind": "cuda"}).attrs["arch"] == arch
+    assert "sm_50" not in capfd.readouterr().err  # TVM's own default, which it warns of
 
 
 @pytest.mark.parametrize("arch", ["sm_9x", "sm_50", "ninety"])

@@ -24,6 +24,10 @@ def resolve_target(target: Any) -> Any:
 
     if isinstance(target, str) and target == "host":
         return Target({"kind": "llvm", "mcpu": host_cpu(), "num-cores": physical_cores()})
+    if target == "cuda":
+        target = {"kind": "cuda"}
+    if isinstance(target, dict) and target.get("kind") == "cuda" and "arch" not in target:
+        target = {**target, "arch": local_arch() or DEFAULT_ARCH}  # TVM would warn that it takes sm_50
     try:
         resolved = Target(target)
     except Exception as error:  # TVM raises several kinds, from C++ and from Python
