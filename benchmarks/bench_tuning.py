@@ -25,10 +25,9 @@ import click
 import numpy as np
 from measuring import describe_machine, print_table, write_json
 from scipy.stats import spearmanr
-from tuned_layers import HEADINGS, LAYERS, QUICK, cells, notes, tune_layers
+from tuned_layers import HEADINGS, LAYERS, QUICK, cells, highest_roofline, notes, tune_layers
 
 import tvm_structured as ts
-from tvm_structured.roofline import measure_roofline
 from tvm_structured.targets import physical_cores, resolve_target, use_all_cores
 from tvm_structured.tuning.schedule_search import install_stand_in, lean_intrinsics
 from tvm_structured.tuning.schedule_tasks import ScheduleTask
@@ -78,7 +77,7 @@ def main(
     with ExitStack() as stack:
         folder = work_dir or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         click.echo(" | ".join(HEADINGS))
-        count, machine = trials or (8 if quick else 64), measure_roofline()
+        count, machine = trials or (8 if quick else 64), highest_roofline()
         rows = tune_layers(names, batches or (1, 16), count, folder, 60 * minutes, machine, report)
     print_table(f"tuned layers: {describe_machine()}; {machine}", HEADINGS, [cells(row) for row in rows], notes(rows))
 
