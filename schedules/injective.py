@@ -44,19 +44,41 @@ def schedule_injective(nest: Nest, cpu: Cpu) -> None:
 
 
 def run_parallel(nest: Nest, loops: Sequence[Loop], cpu: Cpu) -> list[Loop]:
-    """Threads over as few of the outermost loops as keep them all busy. The loops that are left to schedule."""
+    """Threads over as few of the outermost loops as keep them all busy. The loops that are left, and a single one that
+    was taken, which conditions may still cut."""
     taken = 1
     while taken < len(loops) - 1 and product(loop.size for loop in loops[:taken]) < 4 * cpu.cores:
         taken += 1
     nest.sch.parallel(nest.sch.fuse(*(loop.rv for loop in loops[:taken])) if taken > 1 else loops[0].rv)
-    if taken == 1 and loops[0].branches:
-        partition(nest.sch, loops[0].rv)
-    return list(loops[taken:])
+    return list(loops if taken == 1 else loops[taken:])
+
+
+def to_cut(loops: Sequence[Loop]) -> list[Loop]:
+    """The loops to cut where conditions change: of each condition the one that crosses it fastest, then the longest.
+
+    Never two of one condition: of y * 2 + k >= 3, with both marked, LoopPartition takes what holds for the first k to
+    hold for all (TVM 0.27).
+    """
+    chosen: list[Loop] = []
+    for number in range(len(loops[0].conditions) if loops else 0):
+        free = [loop for loop in loops if loop.conditions[number] != 0 and not any(share(loop, c) for c in chosen)]
+        if free:
+            chosen.append(max(free, key=lambda loop, n=number: (step_size(loop.conditions[n]), loop.size)))
+    return chosen
+
+
+def share(one: Loop, other: Loop) -> bool:
+    """Whether a condition depends on both."""
+    return any(a != 0 and b != 0 for a, b in zip(one.conditions, other.conditions, strict=True))
+
+
+def step_size(step: Any) -> int:
+    return abs(step) if isinstance(step, int) else 0
 
 
 def schedule_inner(nest: Nest, loops: Sequence[Loop], cpu: Cpu) -> None:
     """Explicit vectors where every access is one vector or one number; otherwise LLVM decides."""
-    partition(nest.sch, *(loop.rv for loop in loops if loop.branches))
+    partition(nest.sch, *(loop.rv for loop in to_cut(loops)))
     if not loops or loops[-1].branches:
         return
     inner = loops[-1]

@@ -14,7 +14,7 @@ from tvm import s_tir, sym, tirx
 from tvm.ir import IRModule
 from tvm.ir.transform import PassContext, Sequential
 
-from tvm_structured.schedules.nest import substitute, uses
+from tvm_structured.schedules.nest import conjuncts, substitute, uses
 
 PARTITION = "pragma_loop_partition_hint"  # TVM's LoopPartition reads it
 STACK_BYTES = 1 << 14
@@ -95,12 +95,6 @@ def shorten(loop: Any) -> Any:
     for condition in outside:
         body = tirx.IfThenElse(condition, body, None)
     return body
-
-
-def conjuncts(condition: Any) -> list[Any]:
-    if isinstance(condition, tirx.And):
-        return conjuncts(condition.a) + conjuncts(condition.b)
-    return [condition]
 
 
 def upper_bound(condition: Any, variable: Any) -> Any | None:

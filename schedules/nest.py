@@ -26,8 +26,13 @@ class Loop:
     rv: Any
     extent: Any  # int, or an expression
     is_reduction: bool
-    branches: bool  # a condition depends on it, as in padding and concatenation
     strides: tuple[Stride, ...]
+    conditions: tuple[Stride, ...] = ()  # the step of every condition along it, as in padding and concatenation
+
+    @property
+    def branches(self) -> bool:
+        """Whether a condition depends on it."""
+        return any(step != 0 for step in self.conditions)
 
     @property
     def size(self) -> int:
@@ -73,7 +78,8 @@ def nest_of(sch: Any, block: Any, skip: int = 0) -> Nest | None:
     stores, loads = accesses(stmt.body)
     in_loops = Substitution(sch, rvs, stmt, values)
     addresses = [in_loops.address(buffer, indices) for buffer, indices in stores + loads]
-    conditions = [in_loops.expression(condition) for condition in branch_conditions(stmt.body)]
+    branches = [in_loops.expression(condition) for condition in branch_conditions(stmt.body)]
+    conditions = [part for condition in branches for part in conjuncts(condition)]
     loops = []
     for rv in rvs[skip:]:
         loop = sch.get(rv)
@@ -87,8 +93,8 @@ def nest_of(sch: Any, block: Any, skip: int = 0) -> Nest | None:
                 rv,
                 extent_of(loop.extent),
                 REDUCTION in kinds,
-                any(uses(condition, [loop.loop_var]) for condition in conditions),
                 tuple(stride_of(address, loop.loop_var, in_loops.variables) for address in addresses),
+                tuple(condition_step(condition, loop.loop_var, in_loops.variables) for condition in conditions),
             )
         )
     return Nest(sch, block, tuple(loops), tuple(buffer for buffer, _ in stores + loads), len(stores))
@@ -161,6 +167,20 @@ def calls(body: Any, *names: str) -> bool:
 
 def branch_conditions(body: Any) -> list[Any]:
     return [call.args[0] for call in all_calls(body) if intrinsic(call) == "if_then_else"]
+
+
+def conjuncts(condition: Any) -> list[Any]:
+    if isinstance(condition, tirx.And):
+        return conjuncts(condition.a) + conjuncts(condition.b)
+    return [condition]
+
+
+def condition_step(condition: Any, variable: Any, variables: Sequence[Any]) -> Stride:
+    """By how much an iteration moves the sides of a comparison against each other; None where that is no number."""
+    if not uses(condition, [variable]):
+        return 0
+    is_linear = isinstance(condition, (tirx.LT, tirx.LE, tirx.GT, tirx.GE, tirx.EQ, tirx.NE))
+    return stride_of(condition.a - condition.b, variable, variables) if is_linear else None
 
 
 def all_calls(body: Any) -> list[Any]:
