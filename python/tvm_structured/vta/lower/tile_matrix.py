@@ -82,7 +82,9 @@ class TileMatrix:
         down, count = -(-self.rows // rows), len(self.tiles)
         part = column // columns * down + row // rows
         parts = down * -(-self.columns // columns)
-        if parts * count <= LARGEST_TABLE:
+        if count == len(self.entries):  # all differ: nothing to look for
+            most = int(np.bincount(part).max())
+        elif parts * count <= LARGEST_TABLE:
             is_there = np.zeros((parts, count), np.bool_)
             is_there[part, number] = True
             most = int(is_there.sum(axis=1).max())
