@@ -125,10 +125,27 @@ def test_different_tiles_in_a_part_are_counted(largest: int, monkeypatch: pytest
     for _ in range(20):
         height, width, kinds = (int(rng.integers(1, most)) for most in (20, 20, 9))
         place = np.sort(rng.permutation(height * width)[: int(rng.integers(1, 200))])
-        entries = np.stack([place % height, place // height, rng.integers(0, kinds, len(place))], axis=1)
+        kinds = min(kinds, len(place))
+        numbers = np.concatenate([np.arange(kinds), rng.integers(0, kinds, len(place) - kinds)])  # each is used
+        entries = np.stack([place % height, place // height, rng.permutation(numbers)], axis=1)
         matrix = tile_matrix.TileMatrix(height, width, entries, np.zeros((kinds, 1, 1), np.int8))
         rows, columns = int(rng.integers(1, height + 1)), int(rng.integers(1, width + 1))
         parts: dict[tuple[int, int], set[int]] = {}
         for row, column, number in entries.tolist():
             parts.setdefault((row // rows, column // columns), set()).add(number)
         assert matrix.most_tiles(rows, columns) == max(map(len, parts.values()))
+
+
+@pytest.mark.parametrize("block", [1, 2, 8, 16])
+def test_equal_tiles_are_found(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(block)
+    kinds = rng.integers(-2, 2, (30, block, block)).astype(np.int8)
+    tiles = kinds[rng.integers(0, 30, 200)]
+    first, number = tile_matrix.first_of_equal(tiles)
+    np.testing.assert_array_equal(tiles[first][number], tiles)
+    assert len(first) == len({tile.tobytes() for tile in tiles})
+    zeros = np.zeros(1, np.uint64)  # factors for which all sums are equal
+    monkeypatch.setattr(tile_matrix, "random_factors", lambda count: zeros.repeat(count))
+    first, number = tile_matrix.first_of_equal(tiles)
+    np.testing.assert_array_equal(tiles[first][number], tiles)
+    assert len(first) == len({tile.tobytes() for tile in tiles})

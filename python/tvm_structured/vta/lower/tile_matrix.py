@@ -60,8 +60,7 @@ class TileMatrix:
             row, column, tiles = row[kept], column[kept], tiles[kept]
         number = np.arange(len(tiles))
         if share and len(tiles):
-            raw = tiles.reshape(len(tiles), -1).view(np.dtype((np.void, tiles[0].size))).reshape(-1)
-            _, first, number = np.unique(raw, return_index=True, return_inverse=True)
+            first, number = first_of_equal(tiles)
             tiles = tiles[first]
         return cls(rows, columns, np.stack([row, column, number.reshape(-1)], axis=1).astype(np.int64), tiles)
 
@@ -92,3 +91,21 @@ class TileMatrix:
             most = int(np.bincount(np.unique(part * count + number) // count).max())
         self.counts[rows, columns] = most
         return most
+
+
+def first_of_equal(tiles: Tiles) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Where the different tiles first occur, and for every tile the number of its equal among them.
+
+    Tiles are compared by a sum of their words with random factors, then byte by byte.
+    """
+    flat = tiles.reshape(len(tiles), -1)
+    words = np.pad(flat, ((0, 0), (0, -flat.shape[1] % 8))).view(np.uint64)
+    sums = words @ random_factors(words.shape[1])  # modulo 2^64
+    _, first, number = np.unique(sums, return_index=True, return_inverse=True)
+    if (flat[first[number]] != flat).any():  # two that differ have the same sum
+        _, first, number = np.unique(flat, axis=0, return_index=True, return_inverse=True)
+    return first, number.reshape(-1)
+
+
+def random_factors(count: int) -> NDArray[np.uint64]:
+    return np.random.default_rng(0).integers(1 << 63, 1 << 64, count, np.uint64)
