@@ -58,7 +58,7 @@ def linear(rng: np.random.Generator, name: str, weight: np.ndarray) -> tuple[str
     out, inner = weight.shape
     module = nn.Linear(inner, out, bias=False).eval().requires_grad_(False)
     module.weight.data = torch.from_numpy(np.ascontiguousarray(weight, np.float32))
-    x = torch.from_numpy(rng.standard_normal((int(rng.choice(BATCHES)), inner)).astype(np.float32))
+    x = torch.from_numpy(rng.standard_normal((int(rng.choice(BATCHES)), inner)).astype(np.float32)).clone()
     return f"{name} {out}x{inner}", module, x
 
 
@@ -74,7 +74,7 @@ def conv(rng: np.random.Generator) -> tuple[str, nn.Module, torch.Tensor]:
     image = max(image, kernel)
     layer = nn.Conv2d(inner, out, kernel, stride, kernel // 2, groups=groups).requires_grad_(False)
     randomize(layer, torch.Generator().manual_seed(0))
-    x = torch.from_numpy(rng.standard_normal((batch, inner, image, image)).astype(np.float32))
+    x = torch.from_numpy(rng.standard_normal((batch, inner, image, image)).astype(np.float32)).clone()
     marks = f"{f' /{stride}' if stride > 1 else ''}{f' g{groups}' if groups > 1 else ''}"
     return f"{kernel}x{kernel}{marks} {inner}->{out} @ {image}", nn.Sequential(layer, nn.ReLU()).eval(), x
 
