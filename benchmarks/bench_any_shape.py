@@ -9,6 +9,7 @@ that run one layer do so in turns in one process; results are compared with PyTo
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -98,11 +99,10 @@ def others(module: nn.Module, x: torch.Tensor) -> dict[str, Callable[[], Any]]:
     return calls
 
 
-def multiply_adds(module: nn.Module, x: torch.Tensor) -> float:
-    with torch.inference_mode():
-        outputs = module(x).numel() if x.numel() < 5e7 else 5e7
-    weight = module.weight if isinstance(module, nn.Linear) else module[0].weight  # type: ignore[index]
-    return float(outputs * weight[0].numel())
+def multiply_adds(module: nn.Module, x: torch.Tensor) -> int:
+    """Of one run, from shapes alone."""
+    layer = module if isinstance(module, nn.Linear) else module[0]  # type: ignore[index]
+    return int(copy.deepcopy(layer).to("meta")(x.to("meta")).numel() * layer.weight[0].numel())
 
 
 @click.command()

@@ -93,7 +93,7 @@ def aligned_copy(array: np.ndarray) -> np.ndarray:
 
 def from_tvm(output: Any, as_torch: bool) -> Any:
     """Tensors to numpy or torch; tuples and lists stay what they are, nested."""
-    if is_torch(output):  # TVM's call returns what it was given
+    if is_torch(output):  # TVM's call makes them itself where it was given some
         return output
     if hasattr(output, "numpy"):
         return convert(output, as_torch)

@@ -73,8 +73,7 @@ class Runnable:
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         """Run. Inputs in order or by name; raises ModelError naming the input that does not fit."""
         if not named and are_ready(self._ready, inputs):  # the usual case, which must not cost as much as a small layer
-            outputs = self._main(*inputs)
-            return outputs if is_torch(outputs) else from_tvm(outputs, as_torch=True)
+            return from_tvm(self._main(*inputs), as_torch=True)
         arrays = check_inputs(self.inputs, inputs, named)
         if self.is_on_gpu:
             return self._run_on_gpu(arrays)
