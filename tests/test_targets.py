@@ -7,12 +7,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import tvm_structured as ts
 from tvm_structured.devices import compute_capability, has_gpu
 from tvm_structured.schedules import Cpu
 from tvm_structured.schedules.gpu import Gpu
-from tvm_structured.targets import DEFAULT_ARCH, host_cpu, resolve_target
+from tvm_structured.targets import DEFAULT_ARCH, host_cpu, resolve_target, warn_of_baseline
 
 
 def test_host_names_this_processor_and_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,6 +49,27 @@ def test_cores_given_are_kept_and_missing_ones_are_filled_in(monkeypatch: pytest
 def test_a_target_that_tvm_does_not_know_is_named(target: object) -> None:
     with pytest.raises(ts.TargetError, match=r"target .*try"):
         resolve_target(target)
+
+
+def test_a_target_without_a_cpu_is_warned_of_where_this_machine_has_wider_vectors(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setattr("tvm_structured.targets.host_cpu", lambda: "skylake-avx512")
+    silent = ["host", {"kind": "llvm", "mcpu": "generic"}, {"kind": "llvm", "mattr": ["+avx2"]}, {"kind": "cuda"}]
+    silent.append({"kind": "llvm", "mtriple": "aarch64-linux-gnu"})
+    for target in silent:
+        warn_of_baseline(resolve_target(target))
+    assert not recwarn.list
+    with pytest.warns(ts.BaselineTargetWarning, match=r"vectors of 4 floats.*\(skylake-avx512\) has 16"):
+        warn_of_baseline(resolve_target("llvm"))
+    monkeypatch.setattr("tvm_structured.targets.host_cpu", lambda: "x86-64")
+    warn_of_baseline(resolve_target("llvm"))
+    assert len(recwarn.list) == 0
+
+
+def test_this_machine_is_what_is_compiled_for_by_default() -> None:
+    compiled = ts.compile(torch.nn.Linear(257, 3), (torch.zeros(2, 257),), measure=False)
+    assert compiled.report().target == host_cpu()
 
 
 def test_targets_without_structured_kernels_are_refused() -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tvm_structured.calibration import Quantization
     from tvm_structured.compiler import compile, quantize
     from tvm_structured.errors import (
+        BaselineTargetWarning,
         BudgetError,
         DatabaseError,
         KernelNotFoundError,
@@ -46,6 +47,7 @@ _HOMES = {
     "calibration": ("Quantization",),
     "compiler": ("compile", "quantize"),
     "errors": (
+        "BaselineTargetWarning",
         "BudgetError",
         "DatabaseError",
         "KernelNotFoundError",
@@ -72,6 +74,7 @@ _SUBMODULES = ("nn", "relay", "structures", "schedules", "errors")
 __all__ = [
     "KERNELS",
     "STRUCTURES",
+    "BaselineTargetWarning",
     "Budget",
     "BudgetError",
     "Compiled",

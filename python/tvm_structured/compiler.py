@@ -20,7 +20,7 @@ from tvm_structured.planning import Plan, make_plan
 from tvm_structured.progress import stage
 from tvm_structured.report import Report, make_report
 from tvm_structured.structures import Layer, Structure, Unstructured
-from tvm_structured.targets import is_cuda, resolve_target, target_name
+from tvm_structured.targets import is_cuda, resolve_target, target_name, warn_of_baseline
 
 if TYPE_CHECKING:
     from tvm_structured.vta import VTAConfig
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def compile(
     model: Any,
     inputs: Any = None,
-    target: Any = "llvm",
+    target: Any = "host",
     budget: Any = None,
     plan: Any = None,
     database: Any = None,
@@ -44,8 +44,9 @@ def compile(
     """Compile a model with structured layers.
 
     model: torch.nn.Module, torch.export.ExportedProgram, ONNX path or ModelProto, or a Relax IRModule.
-    inputs: example arrays, a tuple (needed for a torch.nn.Module). target: what TVM takes for CPUs and CUDA, "host", or
-    "vta": the accelerator, simulated on this machine (or on "host" of {"kind": "vta", "host": target}).
+    inputs: example arrays, a tuple (needed for a torch.nn.Module). target: "host", this machine; what TVM takes
+    for CPUs and CUDA; or "vta": the accelerator, simulated on this machine (or on "host" of
+    {"kind": "vta", "host": target}).
     {"kind": "cuda", "arch": "sm_90"} needs no GPU, see `Compiled.emulate` and `Compiled.export`.
     budget: `Budget` or a fraction of the parameters; without one the result equals the dense model.
     plan: `Plan` or the path of a saved one, instead of a budget. database: what `ts.tune` made, as its directory or a
@@ -63,6 +64,7 @@ def compile(
     """
     accelerator, target = split_target(target, vta_config)
     target = resolve_target(target)
+    warn_of_baseline(target)
     imported = import_model(model, inputs)
     if accelerator is not None or calibration is not None or quantization is not None:
         samples = inputs if calibration is None else calibration

@@ -42,6 +42,10 @@ class TargetError(StructuredError, ValueError):
     """TVM does not know the target, or cannot build for it here."""
 
 
+class BaselineTargetWarning(UserWarning):
+    """A target that leaves most of this machine unused, probably without intent."""
+
+
 class PlanError(StructuredError, ValueError):
     """The plan is malformed or does not belong to this model."""
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from typing import Any
 
-from tvm_structured.errors import TargetError
+from tvm_structured.errors import BaselineTargetWarning, TargetError
 
 DEFAULT_ARCH = "sm_80"  # what runs on every data-centre GPU from the A100 on, by the PTX that goes along
 OLDEST = 70  # compute capability of the first card with tensor cores
@@ -85,6 +86,26 @@ def target_name(target: Any) -> str:
     if is_cuda(target):
         return f"cuda {target.attrs['arch']}"
     return str(target.attrs.get("mcpu", target.kind.name))
+
+
+def warn_of_baseline(target: Any) -> None:
+    """Warn where a target names no CPU and this machine's vectors are wider than those of TVM's baseline."""
+    from tvm.target import Target, codegen
+
+    from tvm_structured.schedules.cpu import Cpu
+
+    if target.kind.name != "llvm" or {"mcpu", "mattr"} & set(target.attrs):
+        return
+    if str(target.attrs.get("mtriple", "")) not in ("", str(codegen.llvm_get_system_triple())):
+        return
+    lanes, wide = Cpu.of(target).lanes, Cpu.of(Target({"kind": "llvm", "mcpu": host_cpu()})).lanes
+    if lanes < wide:
+        warnings.warn(
+            f"target 'llvm' names no CPU: TVM takes one with vectors of {lanes} floats, this machine ({host_cpu()}) "
+            f"has {wide}. Write target='host' for it, or {{'kind': 'llvm', 'mcpu': 'generic'}} for any of its kind",
+            BaselineTargetWarning,
+            stacklevel=3,
+        )
 
 
 def host_cpu() -> str:

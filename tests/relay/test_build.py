@@ -52,6 +52,17 @@ def is_small(lib: Any) -> bool:
     return lib.plan.choices["fc1.weight"].num_params < 0.1 * 131 * 257
 
 
+def test_both_doors_warn_of_a_target_that_names_no_cpu(imported: Any, mlp: Any, x: np.ndarray) -> None:
+    mod, params = imported
+    for build in (
+        lambda: relay.build(mod, target="llvm", params=params),
+        lambda: ts.compile(mlp, (torch.from_numpy(x),), target="llvm", measure=False),
+    ):
+        with pytest.warns(ts.BaselineTargetWarning, match="target='host'") as caught, ts.options(measure=False):
+            build()
+        assert [one.filename for one in caught] == [__file__]
+
+
 @pytest.mark.parametrize("opt_level", range(4))
 def test_every_opt_level_gives_the_models_values(opt_level: int, imported: Any, x: Any, expected: Any) -> None:
     mod, params = imported

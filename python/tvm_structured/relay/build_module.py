@@ -19,7 +19,7 @@ from tvm_structured.relay.functions import reordered, with_inputs, with_main
 from tvm_structured.relay.graph_executor import GraphModule, to_numpy
 from tvm_structured.relay.tvm_names import make_target, read_target
 from tvm_structured.structures import Unstructured
-from tvm_structured.targets import resolve_target
+from tvm_structured.targets import resolve_target, warn_of_baseline
 
 __all__ = ["build", "create_executor"]
 
@@ -57,6 +57,7 @@ def build(
     if accelerator is not None and target_host is not None:
         target, target_host = target_host, None  # what the accelerator leaves to the CPU
     target = settle_target(target, target_host)
+    warn_of_baseline(target)
     imported = bind(ir_mod, params or {})
     wish = Wish.of(options)
     if accelerator is not None or options.calibration is not None or options.quantization is not None:
@@ -120,7 +121,7 @@ def settle_target(target: Any, host: Any = None) -> Any:
         target = target[0]
     target = Target.current(allow_none=True) if target is None else read_target(target)
     if target is None:
-        raise TargetError('no target is given or entered; write relay.build(mod, target="llvm", params=params)')
+        raise TargetError('no target is given or entered; write relay.build(mod, target="host", params=params)')
     if host is not None:
         target = make_target(target, host)
     return resolve_target(target)
@@ -179,7 +180,7 @@ def create_executor(
     kind: str = "graph",
     mod: Any = None,
     device: Any = None,
-    target: Any = "llvm",
+    target: Any = "host",
     params: Mapping[str, Any] | None = None,
 ) -> ModelExecutor:
     """`.evaluate()` of the result compiles, and returns a function of the inputs. Every kind runs on TVM's VM."""
