@@ -198,6 +198,9 @@ class Strip:
                     step = (b * kh + ky) * kw + kx
                     first = (chunk * (self.chunk * shape.taps) + step) * lanes
                     self.prefetch(group, index, tile, chunk, step)
+                    if shape.taps == 1:  # more taps meet the pixels of their neighbours
+                        for offset in offsets:
+                            e.prefetch_element(self.pixel(block + 1, at + offset), level=1)
                     with serial(0, lanes // UNROLL) as four:
                         for lane in range(UNROLL):
                             term(first + four * UNROLL + lane, block, at + four * UNROLL + lane)

@@ -20,8 +20,9 @@ LATENCY = 4  # of a multiply-add: a block needs twice as many sums to keep both 
 LOADS = 1.15  # they come less evenly than multiply-adds
 LEVEL1 = 32 * 1024  # bytes that stay in level 1
 LEVEL2 = 768 * 1024
-FAR_LOAD = 4.0, 5.0  # cycles for a vector from level 2, and from beyond
-FAR_WEIGHTS = {"channels": 24, "pixels": 5}  # bytes to a cycle from beyond level 2: vectors ahead of time, or scalars
+FAR_LOAD = 3.0, 5.0  # cycles for a vector from level 2, and from beyond
+# bytes to a cycle from beyond level 2; prefetching hides a half of it where weights are vectors
+FAR_WEIGHTS = {"channels": 10, "blocks": 10, "pixels": 5}
 CACHE = 384 * 1024  # bytes of level 2 that a strip may fill
 UNIT_START = 500  # cycles to start a piece of work
 KEPT = 128  # configurations that are offered for tuning
@@ -106,14 +107,15 @@ def blocks_cost(shape: ImageShape, cpu: Cpu, config: Config) -> float:
     tiles = -(-rows // height) * -(-shape.output[1] // width)
     _, count, depth, _ = conv_blocks.packed_shape(shape, lanes, nr)
     panel, copy = 4 * depth * nr * lanes, BlockCopy.of(shape, lanes, rows)
-    image = 4 * conv_blocks.in_blocks(shape, lanes) * copy.block_size
+    used = 1 if shape.taps > 1 else shape.stride[0] * shape.stride[1]  # pixels between two that are read
+    image = 4 * conv_blocks.in_blocks(shape, lanes) * copy.block_size / used
     step = term(cpu, height * width, nr, 1, load_cost(panel))
     per_block = tiles * (depth * step + 3 * nr * height * width)
     part = -(-count // config["parts"])
     work = part * per_block + UNIT_START
     if any(shape.padding):
         work += image / (4 * lanes) * 3
-    work += part * panel / (64 if count * panel * shape.groups < CACHE else FAR_WEIGHTS["channels"])
+    work += part * panel / (64 if count * panel * shape.groups < CACHE else FAR_WEIGHTS["blocks"])
     if image > CACHE:
         work += part * image / 12
     return turns(shape, cpu, units) * work

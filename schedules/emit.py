@@ -213,9 +213,13 @@ class Emitter:
             self.set(register, self.splat(0.0))
 
     def prefetch(self, buffer: Any, *index: Any) -> None:
-        """Ask for the cache line (read, level 2)."""
-        address = I.address_of(buffer[tuple(index)])
-        I.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, I.int32(0), I.int32(2), I.int32(1)))
+        """Ask for the cache line, to be read, in level 2."""
+        self.prefetch_element(buffer[tuple(index)])
+
+    def prefetch_element(self, element: Any, level: int = 2) -> None:
+        """Ask for the cache line of an element, to be read, in level 1 or 2. It may lie behind the end of its array."""
+        hint = I.int32(4 - level)  # LLVM's locality: 3 is the nearest
+        I.evaluate(tirx.call_intrin("void", "tirx.prefetch", I.address_of(element), I.int32(0), hint, I.int32(1)))
 
     def shuffle(self, a: Any, b: Any, lanes: Sequence[int]) -> Any:
         """Lanes of the concatenation of a and b."""

@@ -16,7 +16,9 @@ from tvm_structured.schedules.winograd_tiles import TileGrid
 
 LEVEL1, LEVEL2, LEVEL3 = 32 * 1024, 512 * 1024, 16 * 1024 * 1024  # bytes that stay there beside other operands
 HELD = 640 * 1024  # bytes of transformed tiles that stay in level 2
-BYTES_PER_CYCLE = 48.0, 12.0, 5.0  # read from level 2, level 3, memory
+BYTES_PER_CYCLE = 48.0, 5.0, 3.0  # of weights, read once from level 2, level 3, memory
+STAGED = 48.0, 12.0, 5.0  # of transformed tiles, which nothing waits for
+AGAIN = 32.0  # bytes to a cycle of a panel that further tiles are multiplied with
 GROUP_BYTES = 32 * 1024 * 1024  # of transformed images that are staged at once
 MOST_IMAGES = 8
 REGION = 8000  # cycles to start and join a parallel region
@@ -53,7 +55,7 @@ def near_equal_parts(count: int, most: int) -> list[int]:
 def register_blocks(cpu: Cpu, rows: int) -> list[tuple[int, int]]:
     """(tiles, channel vectors) that fit the registers, tiles in nearly equal parts."""
     found = []
-    for nr in (2, 3, 4, 6) if cpu.registers >= 32 else (1, 2, 3):
+    for nr in (1, 2, 3, 4, 6) if cpu.registers >= 32 else (1, 2, 3):
         mr = -(-rows // -(-rows // most_rows(cpu, nr)))
         found.append((mr, nr))
     return found
@@ -84,21 +86,21 @@ def cost(shape: ImageShape, tile: int, cpu: Cpu, config: Config) -> float:
         term = max(config["mr"] * config["nr"] / 2, (config["mr"] + config["nr"]) / 2, 4.0)
         if panel > LEVEL1:
             term = max(term, 4.0 * config["nr"])
-        finish = 2.0 * config["mr"] * config["nr"]
-        multiply = points * blocks * -(-rows // config["mr"]) * (shape.channels * term + finish)
-        return multiply + 0.5 * weight / speed(weight)
+        passes, finish = -(-rows // config["mr"]), 2.0 * config["mr"] * config["nr"]
+        multiply = passes * (shape.channels * term + finish) + (passes - 1) * panel / AGAIN
+        return points * blocks * multiply + 0.5 * weight / BYTES_PER_CYCLE[level(weight)]
 
     if config["order"] == "fused":
         held = 4.0 * points * grid.in_rectangle * (shape.channels + width)
         units = grid.rectangles * batch
         work = grid.in_rectangle * transforms + products(grid.in_rectangle)
         # what does not fit level 2 is read again for every block of outputs
-        work += 0.0 if held <= HELD else held * blocks / BYTES_PER_CYCLE[1] / 4
+        work += 0.0 if held <= HELD else held * blocks / STAGED[1] / 4
         return turns(units, cpu) * work + REGION
     images = config["images"]
     moved = 4.0 * points * images * grid.tiles * (shape.channels + shape.outs)
     one = images * grid.rectangles * grid.in_rectangle * transforms
-    one += products(images * grid.tiles) + 4 * moved / speed(moved)  # written and read, twice
+    one += products(images * grid.tiles) + 4 * moved / STAGED[level(moved)]  # written and read, twice
     return -(-batch // images) * (one / cpu.cores + 3 * REGION)
 
 
@@ -106,6 +108,6 @@ def turns(units: int, cpu: Cpu) -> int:
     return -(-units // cpu.cores)
 
 
-def speed(size: float) -> float:
-    """Bytes to a cycle of an operand that is read over and over."""
-    return BYTES_PER_CYCLE[(size > LEVEL2) + (size > LEVEL3)]
+def level(size: float) -> int:
+    """0, 1 or 2 for what stays in level 2, in level 3, or in neither."""
+    return (size > LEVEL2) + (size > LEVEL3)
