@@ -22,13 +22,14 @@ from tvm_structured.schedules.circulant_blocks import LaneBlocks
 from tvm_structured.schedules.cpu import Cpu
 from tvm_structured.schedules.emit import Emitter, ceildiv, parallel, row_blocks, scratch, serial
 from tvm_structured.schedules.epilogue import RowWriter
-from tvm_structured.schedules.gemm import branch, multiply_block
+from tvm_structured.schedules.gemm import branch, most_rows, multiply_block
 from tvm_structured.schedules.space import around, fits_registers
 from tvm_structured.structures.block_circulant import BlockCirculant
 from tvm_structured.structures.circulant_pattern import Blocks
 
 STRIDE_PADDING = 80  # floats between components: a power-of-two stride would map them all to the same cache sets
 LEAST_SUMS = 6  # in registers: with fewer the multiply-adds wait for each other
+FAR_BYTES = 4 << 20  # of a weight: more than two threads keep in L2
 CHUNK_BYTES = 2 << 20  # of both spectra: what two threads keep in L2
 SERIAL_EFFORT = 60_000  # vector operations (about 10 us) below which three parallel regions cost more than they bring
 
@@ -42,6 +43,8 @@ def configs(structure: BlockCirculant, rows: Extent, cpu: Cpu) -> list[Config]:
     )
     if isinstance(rows, int) and rows <= 6 and cpu.registers >= 32:
         options[6, 4] = 0.95
+    if isinstance(rows, int) and 8 < rows < most_rows(cpu, 1) and is_far(structure):
+        options[rows, 1] = 0.92  # a weight that is read from beyond level 2 is read once
 
     def time(option: tuple[int, int]) -> float:
         return -(-vectors // option[1]) * option[1] * options[option]
@@ -49,7 +52,7 @@ def configs(structure: BlockCirculant, rows: Extent, cpu: Cpu) -> list[Config]:
     mr, nr = min(options, key=time)
     default = {"mode": "many", "mr": mr, "nr": nr, "prefetch": 64, "chunk": CHUNK_BYTES}
     axes = {
-        "mr": range(1, 15 if cpu.registers >= 32 else 7),
+        "mr": sorted({*range(1, 15 if cpu.registers >= 32 else 7), mr}),
         "nr": [count for count in (1, 2, 3, 4) if count <= max(vectors, nr)],
         "prefetch": (0, 16, 32, 128),
         "chunk": (CHUNK_BYTES // 2, 2 * CHUNK_BYTES),
@@ -57,6 +60,12 @@ def configs(structure: BlockCirculant, rows: Extent, cpu: Cpu) -> list[Config]:
     likely = [{**default, "mr": mr, "nr": nr} for mr, nr in sorted(options, key=time)]
     rest = around(default, axes, fits_registers(cpu))
     return [*likely, *(config for config in rest if config not in likely and config["mr"] * config["nr"] >= LEAST_SUMS)]
+
+
+def is_far(structure: BlockCirculant) -> bool:
+    """Whether the spectrum of the weight does not stay in level 2."""
+    p, columns, n = structure.c.shape
+    return bool(4 * components(n) * p * columns > FAR_BYTES)
 
 
 def effort(blocks: Blocks, lanes: int) -> float:
