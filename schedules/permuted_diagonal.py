@@ -1,9 +1,10 @@
 """Permuted diagonal: y[i*p + c] = sum_j q[i, j, c] x[j*p + (c + k_ij) mod p].
 
-Three ways to compute it:
+Four ways to compute it:
 
     permute  lanes = block rows, p <= lanes: a register permutation gives each lane its entry of an x block
     gemm     k_ij = f_i + g_j (mod p): p dense products between two static permutations (permuted_diagonal_gemm)
+    rows     lanes = rows of x, where there are many (permuted_diagonal_rows)
     slices   any p, any CPU: x blocks doubled to length 2p, so that (c + k) mod p for all c is one slice
              (permuted_diagonal_slices)
 """
@@ -22,6 +23,7 @@ from tvm_structured.schedules.diagonal_blocks import DiagonalBlocks
 from tvm_structured.schedules.emit import Emitter, arg, ceildiv, parallel, prim_func, row_blocks, serial
 from tvm_structured.schedules.epilogue import RowWriter
 from tvm_structured.schedules.permuted_diagonal_gemm import MAX_GEMM_BLOCK, emit_gemm, gemm_space, pack_gemm
+from tvm_structured.schedules.permuted_diagonal_rows import emit_rows, pack_rows, rows_space
 from tvm_structured.schedules.permuted_diagonal_slices import emit_slices, pack_slices, slices_space
 from tvm_structured.schedules.shuffles import interleave
 from tvm_structured.structures.base import Structure
@@ -42,6 +44,8 @@ class PermutedDiagonalKernel(Kernel):
         ways.append("slices")
         if lanes_used(blocks.rows, cpu.lanes) < 0.7 * lanes_used(blocks.p, cpu.lanes):
             ways.reverse()
+        has_many = isinstance(site.rows, int) and site.rows > cpu.lanes and blocks.p <= cpu.lanes
+        ways.insert(0 if has_many else len(ways), "rows")
         if blocks.p <= MAX_GEMM_BLOCK and blocks.separated is not None:
             ways.insert(0, "gemm")
         for way in ways:
@@ -176,6 +180,6 @@ def emit_permute(
         row_blocks(count, config["rows"], lambda row, n: block(unit % groups, row, n), first)
 
 
-SPACES = {"permute": permute_space, "slices": slices_space, "gemm": gemm_space}
-PACKERS = {"permute": pack_permute, "slices": pack_slices, "gemm": pack_gemm}
-EMITTERS = {"permute": emit_permute, "slices": emit_slices, "gemm": emit_gemm}
+SPACES = {"permute": permute_space, "slices": slices_space, "rows": rows_space, "gemm": gemm_space}
+PACKERS = {"permute": pack_permute, "slices": pack_slices, "rows": pack_rows, "gemm": pack_gemm}
+EMITTERS = {"permute": emit_permute, "slices": emit_slices, "rows": emit_rows, "gemm": emit_gemm}

@@ -1,4 +1,4 @@
-"""The permuted-diagonal kernel: its three ways, and what they are made of."""
+"""The permuted-diagonal kernel: its four ways, and what they are made of."""
 
 from __future__ import annotations
 
@@ -46,14 +46,15 @@ def test_separable_shifts_become_products_and_others_permutations(machine):
     natural, best = member(256, 256, 4, natural=True), member(256, 256, 4)
     for rows in (1, 128):
         assert next(iter(ways(natural, rows, machine))) == "gemm"
-        assert next(iter(ways(best, rows, machine))) == ("permute" if LANES[machine] > 4 else "slices")
+        few = "permute" if LANES[machine] > 4 else "slices"
+        assert next(iter(ways(best, rows, machine))) == (few if rows == 1 else "rows")
         assert "gemm" not in ways(best, rows, machine)
 
 
 def test_long_blocks_and_few_block_rows_go_by_slices():
     wide = runnable_machines()[-1]
     lanes = LANES[wide]
-    assert list(ways(member(256, 256, lanes + 1), 4, wide)) == ["slices"]
+    assert list(ways(member(256, 256, lanes + 1), 4, wide)) == ["slices", "rows"]
     assert next(iter(ways(member(2 * lanes, 256, lanes), 4, wide))) == "slices"
 
 
@@ -69,7 +70,15 @@ def test_every_way_computes_the_product(guarded, machine, p):
     assert guarded(check_all_guarded, cases) == len(cases) >= 4
 
 
-@pytest.mark.parametrize("way", ["permute", "gemm", "slices"])
+def test_rows_in_lanes_are_worked_on_in_pieces_that_fit_the_cache(monkeypatch):
+    monkeypatch.setattr("tvm_structured.schedules.permuted_diagonal_rows.PIECE_BYTES", 1)  # a tile to a core
+    structure, machine = member(70, 90, 8), runnable_machines()[-1]
+    tile = LANES[machine]
+    for rows in (1, 2 * tile, 7 * tile - 3):
+        run_kernel(structure, rows, config=ways(structure, rows, machine)["rows"], machine=machine).check()
+
+
+@pytest.mark.parametrize("way", ["permute", "gemm", "slices", "rows"])
 def test_every_way_has_the_epilogue_inside_and_serves_symbolic_rows(way):
     structure, machine = member(90, 77, 6, natural=True), runnable_machines()[-1]
     options = {"machine": machine, "epilogue": EVERYTHING}
