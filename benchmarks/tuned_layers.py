@@ -6,14 +6,14 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import tvm_structured as ts
-from tvm_structured.roofline import CACHE_BYTES, Roofline, measure_roofline
+from tvm_structured.roofline import Roofline, measure_roofline
 from tvm_structured.schedules import KERNELS, ConvGeometry, Cpu, Epilogue, Site
 from tvm_structured.structures import Structure, Unstructured
 from tvm_structured.targets import physical_cores, resolve_target
@@ -57,8 +57,7 @@ PLAIN = ("dense", "conv2d")  # kernels without a structure
 
 def highest_roofline(times: int = 3) -> Roofline:
     """Of several, each value by itself: what else the processor does only makes them lower."""
-    found = [astuple(measure_roofline()) for _ in range(times)]
-    return Roofline(*map(max, zip(*found, strict=True)))
+    return Roofline.highest(measure_roofline() for _ in range(times))
 
 
 def tune_layers(
@@ -173,7 +172,7 @@ def limit_of(machine: Roofline, flops: float, moved: float) -> tuple[str, float]
     arithmetic, bound = flops / machine.peak_flops, machine.bound(flops, moved)
     if moved <= level2() * physical_cores() or arithmetic >= bound:
         return "FLOPs", arithmetic
-    return "cache bytes" if moved <= CACHE_BYTES else "memory bytes", bound
+    return "cache bytes" if machine.in_cache(moved) else "memory bytes", bound
 
 
 def level2() -> int:

@@ -303,10 +303,11 @@ def test_the_tuning_benchmark_goes_on_where_it_was_stopped(tmp_path: Path, monke
         "dense": tuned_layers.Layer("dense", {}, (64, 48)),
         "1x1": tuned_layers.Layer("conv2d", {}, conv=(16, 24, 1, 6)),
     }
-    peaks = iter((1e9, 1e9, 1e9, *[0.5e9] * 6))
-    monkeypatch.setattr(tuned_layers, "measure_roofline", lambda: Roofline(*(next(peaks) for _ in range(3))))
-    assert tuned_layers.highest_roofline() == Roofline(1e9, 1e9, 1e9)
-    monkeypatch.setattr(bench, "highest_roofline", lambda: Roofline(1e9, 1e9, 1e9))
+    rates = ((8 << 20, 1e9), (64 << 20, 1e9))
+    machine, peaks = Roofline(1e9, rates), iter((0.5e9, 1e9, 0.7e9))
+    monkeypatch.setattr(tuned_layers, "measure_roofline", lambda: Roofline(next(peaks), rates))
+    assert tuned_layers.highest_roofline() == machine
+    monkeypatch.setattr(bench, "highest_roofline", lambda: machine)
     monkeypatch.setattr(tuned_layers, "level2", lambda: 1024)
     for module in (bench, tuned_layers):
         monkeypatch.setattr(module, "LAYERS", small)

@@ -141,7 +141,7 @@ ROWS = (
     ProfileRow("a.weight", "dense", 2, 4e-6, 8_000, 400, 0.5),
     ProfileRow("", "<softmax>", 1, 1e-6, None, 100, 0.25),
 )
-PROFILE = Profile("znver5", ROWS, 6e-6, 10, Roofline(1e11, 1e10, 1e11))
+PROFILE = Profile("znver5", ROWS, 6e-6, 10, Roofline(1e11, ((1 << 20, 1e11), (1 << 30, 1e10))))
 
 
 def test_the_total_weighs_the_bound_by_time() -> None:

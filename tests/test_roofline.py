@@ -10,10 +10,10 @@ import pytest
 import tvm
 
 from tvm_structured import roofline as module
-from tvm_structured.roofline import CACHE_BYTES, CHAINS, Roofline, factors, register_func, roofline, stream_func
+from tvm_structured.roofline import CHAINS, SIZES, Roofline, factors, register_func, roofline, stream_func
 from tvm_structured.targets import resolve_target
 
-MACHINE = Roofline(peak_flops=1e12, memory_bandwidth=1e10, cache_bandwidth=1e11)
+MACHINE = Roofline(1e12, tuple(zip(SIZES, (4e11, 1e11, 1e11, 1e10), strict=True)))
 
 
 @pytest.fixture
@@ -24,9 +24,11 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_longer_of_operations_and_bytes_bounds_a_kernel() -> None:
     assert MACHINE.bound(2e9, 1000) == pytest.approx(2e-3)
-    assert MACHINE.bound(1000, 1e6) == pytest.approx(1e-5)  # from the cache
+    assert MACHINE.bound(1000, 1e6) == pytest.approx(2.5e-6)  # from the second level
+    assert MACHINE.bound(1000, 1e7) == pytest.approx(1e-4)  # from the last level
     assert MACHINE.bound(1000, 1e9) == pytest.approx(0.1)  # from memory
-    assert MACHINE.bound(0, CACHE_BYTES + 1) > 9 * MACHINE.bound(0, CACHE_BYTES)
+    assert MACHINE.in_cache(SIZES[2]) and not MACHINE.in_cache(SIZES[2] + 1)
+    assert MACHINE.bound(0, SIZES[2] + 1) > 9 * MACHINE.bound(0, SIZES[2])
     assert MACHINE.fraction_of_bound(2e9, 1000, 4e-3) == pytest.approx(0.5)
     assert MACHINE.fraction_of_bound(2e9, 1000, 0.0) == 0.0
 
@@ -34,9 +36,19 @@ def test_the_longer_of_operations_and_bytes_bounds_a_kernel() -> None:
 def test_a_measured_roofline_is_kept_and_found_again(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert roofline(measure=False) is None and not store.exists()
     first = roofline()
-    assert first is not None and min(first.peak_flops, first.memory_bandwidth, first.cache_bandwidth) > 1e8
+    assert first is not None and min(first.peak_flops, first.memory_bandwidth) > 1e8
     monkeypatch.setattr(module, "measure_roofline", lambda: pytest.fail("measured again"))
     assert roofline() == first
+
+
+def test_measuring_again_keeps_what_was_higher(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = iter(((1e10, 2e10, 3e9, 4e9), (2e10, 1e10, 5e9, 1e9)))
+    measured = [Roofline(peak, tuple(zip(SIZES, next(rates), strict=True))) for peak in (3e11, 2e11)]
+    monkeypatch.setattr(module, "measure_roofline", measured.copy().pop)
+    assert roofline() == Roofline.highest([measured[1]]) == measured[1]
+    assert roofline() == measured[1]
+    best = Roofline(3e11, tuple(zip(SIZES, (2e10, 2e10, 5e9, 4e9), strict=True)))
+    assert roofline(again=True) == best == roofline(measure=False)
 
 
 def test_rooflines_of_other_machines_stay_in_the_file(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,7 +58,10 @@ def test_rooflines_of_other_machines_stay_in_the_file(store: Path, monkeypatch: 
     assert set(json.loads(store.read_text())) == {"another machine", module.machine_key()}
 
 
-@pytest.mark.parametrize("text", ["", "garbage", "[1]", '{"KEY": 3}', '{"KEY": {"peak_flops": 1}}', '{"KEY": null}'])
+DAMAGED = ("1", "null", '{"peak_flops": 1}', '{"peak_flops": 1, "bandwidths": []}')
+
+
+@pytest.mark.parametrize("text", ["", "garbage", "[1]", *(f'{{"KEY": {described}}}' for described in DAMAGED)])
 def test_a_damaged_file_is_measured_over(store: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     store.write_text(text.replace("KEY", module.machine_key()))
     monkeypatch.setattr(module, "measure_roofline", lambda: MACHINE)

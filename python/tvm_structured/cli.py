@@ -195,7 +195,7 @@ def profile(
 
 
 @cli.command()
-@click.option("--roofline", "with_roofline", is_flag=True, help="Also this machine's peak and bandwidths (measured).")
+@click.option("--roofline", "with_roofline", is_flag=True, help="Measure this machine's peak and bandwidths.")
 def costs(with_roofline: bool) -> None:
     """Print where measured costs are kept, and how many there are."""
     from tvm_structured.cost_store import CostStore
@@ -205,7 +205,7 @@ def costs(with_roofline: bool) -> None:
     if with_roofline:
         from tvm_structured.roofline import machine_key, roofline
 
-        click.echo(f"{machine_key()}: {roofline()}")
+        click.echo(f"{machine_key()}: {roofline(again=True)}")
 
 
 cli.add_command(db)

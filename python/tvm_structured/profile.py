@@ -73,7 +73,7 @@ class Profile:
             tuple(ProfileRow(**row) for row in described["rows"]),
             described["run_seconds"],
             described["repeat"],
-            None if machine is None else Roofline(**machine),
+            None if machine is None else Roofline.from_dict(machine),
         )
 
     def to_json(self, path: Any) -> None:

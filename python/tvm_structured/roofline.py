@@ -1,12 +1,14 @@
 """The roofline of this machine: what no kernel can exceed (Williams, Waterman and Patterson 2009).
 
 Measured once with all threads that TVM uses and kept beside the measured costs: the multiply-adds a second that
-registers alone allow, and the bytes a second of sums over an array in memory and over one in the last-level cache.
+registers alone allow, and the bytes a second of sums over arrays of several sizes, from one that lies in the second
+level of cache to one in memory.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,8 @@ from tvm_structured.files import atomic
 from tvm_structured.line_store import cache_directory
 from tvm_structured.targets import host_cpu, physical_cores, resolve_target, use_all_cores
 
-MEMORY_BYTES = 256 << 20  # larger than any last-level cache that a few cores have
-CACHE_BYTES = 8 << 20  # larger than the second level of a few cores, smaller than the last
+SIZES = tuple(mebi << 20 for mebi in (1, 8, 64, 512))  # of arrays; the last one is larger than most caches
+READ_BYTES = 128 << 20  # at least, by each run over an array
 STEPS = 1 << 17  # of the register kernel, a few milliseconds
 CHAINS = 12  # independent sums: latency 4, two units; leaves registers for the factors where there are 16
 REPEAT = 7
@@ -26,40 +28,67 @@ REPEAT = 7
 
 @dataclass(frozen=True)
 class Roofline:
-    """Operations a second (a multiply-add is two), bytes read a second from memory and from the last-level cache."""
+    """`peak_flops`: operations a second, a multiply-add is two. `bandwidths`: (bytes of an array, bytes a second that
+    are read from one of that size), by size."""
 
     peak_flops: float
-    memory_bandwidth: float
-    cache_bandwidth: float
+    bandwidths: tuple[tuple[int, float], ...]
+
+    @classmethod
+    def from_dict(cls, described: Any) -> Roofline:
+        """What `asdict` gave. Raises KeyError, TypeError or ValueError for anything else."""
+        pairs = tuple((int(size), float(rate)) for size, rate in described["bandwidths"])
+        found = cls(float(described["peak_flops"]), pairs)
+        if not pairs or min(found.peak_flops, *(rate for _, rate in pairs)) <= 0:
+            raise ValueError(f"{described}: a roofline's values are above zero")
+        return found
+
+    @classmethod
+    def highest(cls, several: Iterable[Roofline]) -> Roofline:
+        """Each value's highest: what else the processor did made the others lower. What is read from a large array
+        can be read from a smaller one."""
+        found = list(several)
+        rates = [max(each) for each in zip(*([rate for _, rate in one.bandwidths] for one in found), strict=True)]
+        rates = [max(rates[i:]) for i in range(len(rates))]
+        sizes = [size for size, _ in found[0].bandwidths]
+        return cls(max(one.peak_flops for one in found), tuple(zip(sizes, rates, strict=True)))
+
+    def bandwidth(self, moved: float) -> float:
+        """Bytes a second of so many that are read over and over."""
+        return next((rate for size, rate in self.bandwidths if moved <= size), self.memory_bandwidth)
+
+    def in_cache(self, moved: float) -> bool:
+        """Whether so many bytes count as read from a cache; the largest size stands for memory."""
+        return any(moved <= size for size, _ in self.bandwidths[:-1])
+
+    @property
+    def memory_bandwidth(self) -> float:
+        return self.bandwidths[-1][1]
 
     def bound(self, flops: float, moved: float) -> float:
-        """Seconds that the operations or the bytes take at least, whichever is longer.
-
-        Bytes that fit into the array the cache was measured with count at the cache's speed. What lies in the first
-        or second level is faster still, so that a small kernel may take less than its bound.
-        """
-        bandwidth = self.cache_bandwidth if moved <= CACHE_BYTES else self.memory_bandwidth
-        return max(flops / self.peak_flops, moved / bandwidth)
+        """Seconds that the operations or the bytes take at least, whichever is longer."""
+        return max(flops / self.peak_flops, moved / self.bandwidth(moved))
 
     def fraction_of_bound(self, flops: float, moved: float, seconds: float) -> float:
         """max(flops / peak, bytes / bandwidth) / seconds: 1 is as fast as the machine allows."""
         return self.bound(flops, moved) / seconds if seconds > 0 else 0.0
 
     def __str__(self) -> str:
-        return (
-            f"{self.peak_flops / 1e9:,.0f} GFLOP/s, {self.memory_bandwidth / 1e9:,.1f} GB/s from memory, "
-            f"{self.cache_bandwidth / 1e9:,.1f} GB/s from the last-level cache"
-        )
+        rates = ", ".join(f"{rate / 1e9:,.0f} of {size >> 20} MiB" for size, rate in self.bandwidths)
+        return f"{self.peak_flops / 1e9:,.0f} GFLOP/s, GB/s {rates}"
 
 
-def roofline(measure: bool = True) -> Roofline | None:
-    """The stored roofline of this machine; where there is none, a new one (about two seconds), or None."""
+def roofline(measure: bool = True, again: bool = False) -> Roofline | None:
+    """The stored roofline of this machine; where there is none, a new one (about two seconds), or None.
+
+    `again` measures in any case and keeps the higher values: the first time other work may have gone on.
+    """
     path, key = store_path(), machine_key()
     known = read_store(path)
     found = parse(known.get(key))
-    if found is not None or not measure:
+    if not again and (found is not None or not measure):
         return found
-    found = measure_roofline()
+    found = Roofline.highest([measure_roofline(), *([] if found is None else [found])])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic(path) as temporary:
@@ -91,10 +120,10 @@ def read_store(path: Path) -> dict[str, Any]:
 
 def parse(described: Any) -> Roofline | None:
     try:
-        found = Roofline(**{name: float(value) for name, value in described.items()})
-    except (AttributeError, TypeError, ValueError):
+        found = Roofline.from_dict(described)
+    except (KeyError, TypeError, ValueError):
         return None
-    return found if min(asdict(found).values()) > 0 else None
+    return found if [size for size, _ in found.bandwidths] == list(SIZES) else None
 
 
 def measure_roofline() -> Roofline:
@@ -103,14 +132,15 @@ def measure_roofline() -> Roofline:
     target, cores = resolve_target("host"), physical_cores()
     registers, flops = register_func(target, cores)
     peak = flops / fastest(registers, target, [factors(), np.zeros((cores, 16), np.float32)])
-    bandwidths = []
-    for size, passes in ((MEMORY_BYTES, 1), (CACHE_BYTES, 16)):
-        vectors = size // 4 // (16 * CHAINS * cores)
+    rates = []
+    for size in SIZES:
+        passes = max(1, READ_BYTES // size)
+        vectors = max(1, size // 4 // (16 * CHAINS * cores))
         array = np.ones((cores, vectors, 16 * CHAINS), np.float32)
         stream = stream_func(target, array.shape, passes)
         seconds = fastest(stream, target, [array, np.zeros((cores, 16), np.float32)])
-        bandwidths.append(passes * array.nbytes / seconds)
-    return Roofline(peak, *bandwidths)
+        rates.append(passes * array.nbytes / seconds)
+    return Roofline.highest([Roofline(peak, tuple(zip(SIZES, rates, strict=True)))])
 
 
 def factors() -> np.ndarray:
