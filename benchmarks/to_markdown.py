@@ -1,4 +1,4 @@
-"""Benchmark results, as the benchmarks write them with --json, as tables in Markdown.
+"""Benchmark results, as the benchmarks write them with --json, as tables in Markdown, with their goals where they have.
 
 python benchmarks/to_markdown.py layers.json convs.json models.json > tables.md
 """
@@ -15,6 +15,7 @@ import bench_gpu
 import bench_layers
 import bench_models
 import click
+import goals
 import tuned_layers
 from measuring import Timing, milliseconds
 
@@ -28,7 +29,7 @@ def main(paths: Sequence[Path]) -> None:
         machine = document.get("machine") or document["card"]
         about = ", ".join(f"{key} {value}" for key, value in machine.items())
         click.echo(f"{path.stem}: {about}\n")
-        for headings, rows in tables(document["rows"]):
+        for headings, rows in [*tables(document["rows"]), *goal_table(document["rows"])]:
             click.echo("\n".join([line(headings), line(["---"] * len(headings)), *map(line, rows)]) + "\n")
 
 
@@ -47,6 +48,12 @@ def tables(rows: list[dict[str, Any]]) -> list[tuple[Sequence[str], list[Sequenc
         return [(bench_gpu.HEADINGS, [bench_gpu.cells(row) for row in rows])]
     bench = bench_convs if "algorithm" in rows[0] else bench_layers
     return [(bench.HEADINGS, [bench.cells(row) for row in rows])]
+
+
+def goal_table(rows: list[dict[str, Any]]) -> list[tuple[Sequence[str], list[list[str]]]]:
+    """The goals of the rows, if any has one."""
+    found = goals.goals(rows) if "times" in rows[0] and "case" not in rows[0] else []
+    return [(goals.HEADINGS, found)] if found else []
 
 
 def timing(row: dict[str, Any], name: str) -> Timing | None:

@@ -252,6 +252,32 @@ def test_results_become_tables_in_markdown(tmp_path: Path, monkeypatch: pytest.M
     assert table == [len(bench.HEADINGS) + 1] * 3 and "| low rank | 2 |" in output[-2]
 
 
+def test_rows_are_compared_with_their_goals(monkeypatch: pytest.MonkeyPatch) -> None:
+    goals = load(BENCHMARKS[0].parent / "goals.py", monkeypatch)
+
+    def row(name: dict[str, Any], **seconds: float) -> dict[str, Any]:
+        return {**name, "times": {peer: {"seconds": value} for peer, value in seconds.items()}}
+
+    layers = [
+        row({"layer": "dense", "batch": 1, "of_bound": 0.5}, torch=3e-3, ort=2e-3, ours=1.9e-3),
+        row({"layer": "low rank N/8", "batch": 1, "of_bound": 0.8}, torch=3.5e-3, ort=1e-3, ours=1e-3),
+        row({"layer": "block-circulant 8", "batch": 16, "of_bound": 1.0}, torch=9e-3, ort=5e-3, ours=1e-3),
+        row({"layer": "low rank N/8", "batch": 16, "of_bound": 0.8}, torch=1e-3, ort=1e-3, ours=1e-3),
+    ]
+    assert goals.goals(layers) == [
+        ["block-circulant 8", "16", "ONNX Runtime", "6", "5.0", "**no**", "100%"],
+        ["low rank N/8", "1", "PyTorch", "3.9", "3.5", "near", "80%"],
+        ["dense", "1", "the better of both", "1", "1.05", "yes", "50%"],
+    ]
+    algorithm = {"algorithm": "winograd tile=4", "of_peak": 0.4}
+    convs = [row({**algorithm, "layer": f"3x3 8->8 @ {size}"}, eager=4e-3, ours=2e-3) for size in (56, 14, 7)]
+    convs.append(row({"algorithm": "dense", "layer": "1x1 8->8 @ 14"}, eager=4e-3, ours=2e-3))
+    assert [(cells[3], cells[5]) for cells in goals.goals(convs)] == [("2.5", "**no**"), ("1.8", "yes"), ("1.4", "yes")]
+    times = {"eager": 9e-3, "onnxruntime": 3e-3, "lossless": 2e-3, "structured": 1e-3}
+    networks = [row({"model": "vgg16", "batch": batch}, **times) for batch in (1, 16)]
+    assert [cells[3:6] for cells in goals.goals(networks)] == [["2", "1.50", "**no**"], ["2.5", "3.0", "yes"]]
+
+
 def test_the_compile_benchmark_times_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = load(next(path for path in BENCHMARKS if path.stem == "bench_compile"), monkeypatch)
     monkeypatch.setitem(bench.FORMS, "small", type(bench.FORMS["dense"])("low_rank", {"rank": 4}, (48, 32)))
