@@ -20,6 +20,7 @@ from tvm_structured.relay_passes.fuse_epilogue import FuseEpilogue
 from tvm_structured.relay_passes.lower_structured import default_config, legalize_with
 from tvm_structured.relay_passes.mark_layers import marking
 from tvm_structured.relay_passes.rewrite_layers import RewriteLayers
+from tvm_structured.relay_passes.wrap_indices import WrapIndices
 from tvm_structured.schedules import KERNELS
 from tvm_structured.schedules.cpu import Cpu
 
@@ -33,6 +34,7 @@ def canonical_pipeline(params: Mapping[str, np.ndarray], names: Mapping[str, str
     layouts = [BlockLayouts(Cpu.of(target))] if target is not None and "cpu" in target.keys else []
     return Sequential(
         [
+            WrapIndices(),
             CanonicalizeLayers(params, names, dtypes),
             relax.transform.CanonicalizeBindings(),  # looks through tuples, such as that of max pooling and its indices
             FuseEpilogue(dtypes),

@@ -12,7 +12,8 @@ from tvm.s_tir.dlight.analysis.common_analysis import get_sblockrealize
 
 from tvm_structured.schedules.nest import REDUCTION, Loop, Nest, calls, nest_of, product, size_of
 
-EXPENSIVE = ("exp", "erf", "tanh", "sigmoid", "log", "pow", "sqrt", "rsqrt", "sin", "cos", "if_then_else")
+FORMULAS = ("exp", "erf", "tanh", "sigmoid", "log", "pow")  # see `vector_math`
+EXPENSIVE = (*FORMULAS, "sqrt", "rsqrt", "sin", "cos", "if_then_else")
 
 
 def open_schedule(func: Any) -> tuple[Any, list[Nest]] | None:
@@ -71,6 +72,8 @@ def is_worth_inlining(sch: Any, block: Any) -> bool:
     consumers = [sch.get(consumer) for consumer in sch.get_consumers(block)]
     if not consumers:
         return False
+    if calls(stmt.body, *FORMULAS) and any(calls(consumer.body, *FORMULAS) for consumer in consumers):
+        return False  # TVM 0.27 generates code of formulas within formulas in exponential time
     if len(consumers) == 1 and not repeats(stmt, consumers[0]):
         # A branch in the innermost loop of a reduction costs more than a pass over its padded input
         return not (reduces(consumers[0]) and calls(stmt.body, "if_then_else"))

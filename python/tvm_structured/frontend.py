@@ -153,7 +153,9 @@ def export(model: Any, inputs: tuple[Any, ...] | None) -> Any:
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            # torch warns of the list in which its own recurrent layers keep their weights
+            warnings.filterwarnings("ignore", message="The tensor attributes? .*_flat_weights")
             return torch.export.export(model, example)
     except Exception as error:  # torch raises many kinds, several of them private
         raise ModelError(f"torch cannot export this module: {first_line(error)}") from error

@@ -15,6 +15,7 @@ from kernel_harness import runnable_machines, target_for
 from scipy.special import erf, expit
 from tvm import te, tirx
 
+from tvm_structured.schedules.producers import open_schedule
 from tvm_structured.schedules.vector_math import POWERS, with_vector_math
 
 TOLERANCE = 4e-7  # relative; float32 resolves 1.2e-7
@@ -112,3 +113,15 @@ def test_other_types_keep_libm(dtype: str) -> None:
 def test_rewriting_twice_changes_nothing_more() -> None:
     once = with_vector_math(elementwise(lambda x: tirx.exp(tirx.tanh(x))))
     tvm.ir.assert_structural_equal(with_vector_math(once), once)
+
+
+def test_a_formula_within_a_formula_waits_in_memory() -> None:
+    """TVM generates code of nested formulas in exponential time: seconds for a step of an LSTM."""
+    x = te.placeholder((64,), "float32", "x")
+    gate = te.compute((64,), lambda i: tirx.sigmoid(x[i]), "gate")
+    scaled = te.compute((64,), lambda i: x[i] * gate[i], "scaled")
+    shifted = te.compute((64,), lambda i: scaled[i] + tirx.const(1.0, "float32"), "shifted")
+    func = te.create_prim_func([x, te.compute((64,), lambda i: tirx.tanh(shifted[i]), "y")])
+    opened = open_schedule(func)
+    assert opened is not None
+    assert [nest.num_stores for nest in opened[1]] == [1, 1], "the sigmoid with what follows, and the tanh"
