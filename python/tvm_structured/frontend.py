@@ -116,6 +116,7 @@ def from_torch(model: Any, inputs: Any) -> Imported:
 
     from tvm_structured.nn.importer import custom_convert_map
     from tvm_structured.torch_graphs import simplify
+    from tvm_structured.torch_operators import CONVERTERS
 
     if isinstance(model, torch.nn.Module):
         model = export(model, as_tuple(inputs))
@@ -128,7 +129,7 @@ def from_torch(model: Any, inputs: Any) -> Imported:
                 model,
                 keep_params_as_input=True,
                 unwrap_unit_return_tuple=True,
-                custom_convert_map=custom_convert_map(model),
+                custom_convert_map={**CONVERTERS, **custom_convert_map(model)},
             )
     except Exception as error:  # the importer raises AssertionError, KeyError, ValueError, TVMError, ...
         raise ModelError(f"TVM cannot import this torch program: {first_line(error)}{precision_hint(model)}") from error
