@@ -170,6 +170,8 @@ def from_onnx(model: Any, inputs: Any = None) -> Imported:
     import onnx
     from tvm.relax.frontend.onnx import from_onnx as import_onnx
 
+    from tvm_structured.onnx_constants import fold_constants
+
     if not isinstance(model, onnx.ModelProto):
         raise ModelError(f"{type(model).__name__} is not an ONNX model; give an onnx.ModelProto or a path")
     if not model.graph.node:
@@ -178,6 +180,7 @@ def from_onnx(model: Any, inputs: Any = None) -> Imported:
     slots = [value.name for value in model.graph.input if value.name not in weights]
     shapes = example_shapes(slots, inputs)
     try:
+        model = fold_constants(model, shapes)
         mod = import_onnx(model, shape_dict=shapes, keep_params_in_input=True, sanitize_input_names=False)
     except Exception as error:  # the importer raises its own kinds, KeyError, ValueError, TVMError, ...
         raise ModelError(f"TVM cannot import this ONNX model: {first_line(error)}") from error
