@@ -12,7 +12,6 @@ from onnx import TensorProto, helper, numpy_helper
 import tvm_structured as ts
 from tvm_structured.onnx_constants import fold_constants
 
-
 THREE_AXES = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["p", "q", "r"])
 
 
