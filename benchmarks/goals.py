@@ -25,10 +25,9 @@ LAYERS: dict[tuple[str, int], tuple[str, float]] = {
     ("permuted-diagonal 16", 1): (TORCH, 24),
     **{(f"permuted-diagonal {p}, natural", 128): (TORCH, min(p, 15)) for p in (4, 8, 16)},
     ("permuted-diagonal 8", 128): (TORCH, 5),
-    **{
-        ("tensor-train 16^3 rank 4", batch): goal
-        for batch, goal in ((1, (TORCH, 90)), (16, (ORT, 18)), (128, (TORCH, 12)))
-    },
+    ("tensor-train 16^3 rank 4", 1): (TORCH, 90),
+    ("tensor-train 16^3 rank 4", 16): (ORT, 18),
+    ("tensor-train 16^3 rank 4", 128): (TORCH, 12),
     ("low rank N/8", 1): (TORCH, 3.9),
     **{("butterfly radix 16", batch): (TORCH, goal) for batch, goal in ((1, 150), (128, 60))},
     **{("Monarch 64x64", batch): (TORCH, goal) for batch, goal in ((1, 100), (128, 25))},
@@ -41,10 +40,10 @@ NETWORKS = {  # (network, form) at batch 1 -> times the best of all peers
     ("resnet50", "lossless"): 1.2,
     ("vit_b16", "lossless"): 1.0,
     ("bert_base", "lossless"): 1.0,
-    **{
-        (name, "structured"): goal
-        for name, goal in (("alexnet", 2.5), ("vgg16", 2.5), ("vit_b16", 2), ("bert_base", 2))
-    },
+    ("alexnet", "structured"): 2.5,
+    ("vgg16", "structured"): 2.5,
+    ("vit_b16", "structured"): 2.0,
+    ("bert_base", "structured"): 2.0,
 }
 
 

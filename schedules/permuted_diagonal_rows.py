@@ -94,7 +94,7 @@ def emit_rows(
     most = max(e.cpu.cores, PIECE_BYTES // size)
     tiles = ceildiv(rows, tile)
     together = min(tiles, most) if isinstance(tiles, int) else most
-    work = ManyRows(
+    work = RowTiles(
         e, blocks, rows, x, constants, writer, config, scratch((together, blocks.columns, 2 * blocks.p * tile))
     )
     if isinstance(tiles, int) and tiles <= most:
@@ -105,7 +105,7 @@ def emit_rows(
 
 
 @dataclass(frozen=True)
-class ManyRows:
+class RowTiles:
     """Tiles of `vectors` * lanes rows; `doubled` holds x of some of them, (tiles, columns, 2 p * tile)."""
 
     e: Emitter
@@ -140,13 +140,8 @@ class ManyRows:
         for v in range(self.config["vectors"]):
             for first in range(0, p, e.lanes):
                 feature = start + first
-                mask = e.bind_mask(feature, end)
-                loaded = []
-                for i in range(e.lanes):
-                    row = tirx.min(number * self.tile + v * e.lanes + i, self.rows - 1)
-                    # two statements: inside the Select TVM would take the load's mask for true
-                    value = e.bind(e.load_masked(self.x, mask, row, feature))
-                    loaded.append(e.bind(tirx.Select(mask, value, e.splat(0.0))))
+                rows = [tirx.min(number * self.tile + v * e.lanes + i, self.rows - 1) for i in range(e.lanes)]
+                loaded = [e.load_or_zero(self.x, e.mask(feature, end), row, feature) for row in rows]
                 for c, value in enumerate(transpose(e, loaded)[: p - first]):
                     for copy in range(2):
                         at = (copy * p + first + c) * self.tile + v * e.lanes

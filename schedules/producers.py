@@ -10,9 +10,10 @@ from tvm import ir, s_tir, tirx
 from tvm.s_tir.dlight.analysis import get_root_block, normalize_prim_func
 from tvm.s_tir.dlight.analysis.common_analysis import get_sblockrealize
 
+from tvm_structured.schedules import vector_math
 from tvm_structured.schedules.nest import REDUCTION, Loop, Nest, calls, nest_of, product, size_of
 
-FORMULAS = ("exp", "erf", "tanh", "sigmoid", "log", "pow")  # see `vector_math`
+FORMULAS = tuple(name.removeprefix("tirx.") for name in vector_math.FORMULAS)
 EXPENSIVE = (*FORMULAS, "sqrt", "rsqrt", "sin", "cos", "if_then_else")
 
 

@@ -259,3 +259,14 @@ def compare(found: Any, expected: Any) -> None:
     """Equal within CLOSE: an array, or a list of them."""
     for mine, theirs in zip(*(v if isinstance(v, list) else [v] for v in (found, expected)), strict=True):
         np.testing.assert_allclose(mine, theirs, **CLOSE)
+
+
+class Function(torch.nn.Module):
+    """A function of tensors as a module."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.function(*inputs)

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from graph_harness import Function
 from torch.nn import functional as F
 
 import tvm_structured as ts
 
 X, Y = torch.linspace(-3, 3, 2 * 6 * 8).reshape(2, 6, 8).roll(5, 1), torch.linspace(2, -1, 96).reshape(2, 6, 8)
 IMAGE = torch.linspace(-2, 2, 360).sin().reshape(1, 4, 9, 10)
-
-
-class Function(torch.nn.Module):
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *inputs: Any) -> Any:
-        return self.function(*inputs)
 
 
 OURS: dict[str, tuple[Any, ...]] = {

@@ -12,7 +12,15 @@ import numpy as np
 
 LARGEST = 4096  # elements of integers
 FLOATS = 16  # elements of other constants: weights are none of this module's business, and keep their names
-RANDOM = ("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli")
+RANDOM = (
+    "RandomNormal",
+    "RandomUniform",
+    "RandomNormalLike",
+    "RandomUniformLike",
+    "Multinomial",
+    "Bernoulli",
+    "Dropout",
+)
 
 
 def fold_constants(model: Any, shapes: Mapping[str, Sequence[int]] | None = None) -> Any:
@@ -22,7 +30,8 @@ def fold_constants(model: Any, shapes: Mapping[str, Sequence[int]] | None = None
     compute stays.
     """
     known = small_constants(model.graph)
-    extents = known_shapes(model, shapes or {})
+    asks = any(node.op_type == "Shape" for node in model.graph.node)
+    extents = known_shapes(model, shapes or {}) if asks else {}
     folded: dict[int, list[Any]] = {}
     for number, node in enumerate(model.graph.node):
         if node.op_type == "Constant" or node.op_type in RANDOM or any(len(a.g.node) for a in node.attribute):
@@ -85,7 +94,7 @@ def evaluate(node: Any, known: Mapping[str, np.ndarray], extents: Mapping[str, n
     if node.op_type == "Shape" and not node.attribute:
         shape = extents.get(node.input[0])
         return None if shape is None else [shape]
-    if not all(name in known for name in node.input if name) or node.op_type in ("Dropout", "If", "Loop", "Scan"):
+    if not all(name in known for name in node.input if name):
         return None
     try:
         inputs = [helper.make_tensor_value_info(name, onnx_type(known[name]), None) for name in node.input if name]
